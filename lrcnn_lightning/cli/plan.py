@@ -1,0 +1,61 @@
+"""``lrcnn-plan``: print the plan for a network and an image size, without training and without the memory.
+
+lrcnn-plan model=vgg16 data.size=4096 strategy.memory_budget=2GiB
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from torch import nn
+
+import lrcnn_lightning
+from lrcnn_lightning.cli.build import build, strategy_options, user_errors
+from lrcnn_lightning.errors import ConfigError
+
+__all__ = ["main"]
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lrcnn_lightning.conf", config_name="plan")
+def main(config: DictConfig) -> None:
+    """Print the plan; draw it, too, if ``plot`` names a file."""
+    with user_errors():
+        options = strategy_options(config)
+        shape = _shape(config)
+        # On the meta device weights and image have shapes and no bytes, so neither need fit into this machine.
+        with torch.device("meta"):
+            model: nn.Module = build(config.model)
+            example = torch.empty(shape)
+        plan = lrcnn_lightning.plan(model.train(), example, **options)
+        print(plan)
+        if config.plot is not None:
+            path = Path(HydraConfig.get().runtime.output_dir) / config.plot
+            plan.plot(path)
+            print(f"picture: {path}")
+
+
+def _shape(config: DictConfig) -> tuple[int, ...]:
+    """Shape of the input, from ``shape`` or from group ``data``."""
+    if config.shape is not None:
+        shape = tuple(config.shape) if not isinstance(config.shape, str | int) else ()
+        if len(shape) < 3 or not all(isinstance(length, int) and length > 0 for length in shape):
+            raise ConfigError(
+                f"shape: {config.shape} is not the shape of a batch of images; give positive whole numbers, batch "
+                "and channels first, for example shape=[1,3,1024,1024]"
+            )
+        return shape
+    data = build(config.data)
+    if not hasattr(data, "example_shape"):
+        raise ConfigError(
+            f"data: {type(data).__name__} has no property example_shape; give the input's shape, for example "
+            "shape=[1,3,1024,1024]"
+        )
+    return tuple(data.example_shape)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""The schema of the configuration group ``strategy``, made from `RowConfig` so that no option is written twice.
+
+OmegaConf checks what it can express: which keys exist, and the types of plain texts and numbers.  Options that are a
+number *or* a word (``rows=8``, ``rows=auto``) are left open here and checked by `RowConfig` itself when the strategy
+is made, before anything else runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field, fields, make_dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+
+from lrcnn_lightning.config import RowConfig
+
+__all__ = ["StrategySchema", "register_schemas"]
+
+_TYPES: dict[str, Any] = {"mode": str, "max_overhead": float, "on_unsupported": str}
+
+StrategySchema = make_dataclass(
+    "StrategySchema",
+    [
+        ("_target_", str, field(default="lrcnn_lightning.LRCNNStrategy")),
+        ("_convert_", str, field(default="all")),
+        *((option.name, _TYPES.get(option.name, Any), field(default=option.default)) for option in fields(RowConfig)),
+    ],
+)
+"""Every field of `RowConfig`, with its default, and the class that takes them."""
+
+
+def register_schemas() -> None:
+    """Put the schema into Hydra's ConfigStore as ``strategy/schema``; doing so again changes nothing."""
+    ConfigStore.instance().store(group="strategy", name="schema", node=StrategySchema, provider="lrcnn_lightning")

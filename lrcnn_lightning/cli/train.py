@@ -1,0 +1,101 @@
+"""``lrcnn-train``: train a network row-wise, or plainly, from a Hydra configuration.
+
+lrcnn-train strategy=two_phase strategy.rows=8 model=resnet50 data.size=1024
+lrcnn-train -m strategy=two_phase,overlap strategy.rows=2,4,8
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
+from omegaconf import DictConfig
+from rich.console import Console
+
+from lrcnn_lightning.cli.build import build, build_all, causes, strategy_options, user_errors
+from lrcnn_lightning.cli.summary import StepTimer, summarise
+
+__all__ = ["main", "train"]
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lrcnn_lightning.conf", config_name="train")
+def main(config: DictConfig) -> float | None:
+    """Run one job, or one job of a sweep.
+
+    Returns:
+        The metric that ``metric`` names; nan for a job of a sweep that ran out of memory, because an error would
+        stop the whole sweep.
+    """
+    try:
+        with user_errors():
+            return train(config)
+    except Exception as error:
+        out_of_memory = any(is_oom_error(cause) or isinstance(cause, MemoryError) for cause in causes(error))
+        if not out_of_memory or HydraConfig.get().mode != RunMode.MULTIRUN:
+            raise
+        message = str(error).splitlines()[0] if str(error) else type(error).__name__
+    # outside of the handler, where the error no longer keeps the job's tensors alive
+    garbage_collection_cuda()
+    Console(stderr=True).print(f"out of memory, the job's metric is nan: {message}", markup=False, soft_wrap=True)
+    return math.nan
+
+
+def train(config: DictConfig) -> float | None:
+    """Train, print the summary and return the metric that ``config.metric`` names; ``None`` if it was not logged.
+
+    Raises:
+        ConfigError: for an option that is not allowed.
+    """
+    # What is quick to refuse comes first: no network is made for a mistyped option.
+    strategy = build(config.strategy)
+    data: LightningDataModule = build(config.data)
+    seed_everything(config.seed, workers=True, verbose=False)
+    task: LightningModule = build(
+        config.task,
+        model=build(config.model),
+        optimizer=build(config.optimizer),
+        scheduler=build(config.scheduler),
+    )
+    timer = StepTimer()
+    trainer: Trainer = build(
+        config.trainer,
+        strategy="auto" if strategy is None else strategy,
+        callbacks=[*build_all(config.callbacks), timer],
+        logger=build_all(config.logger) or False,
+    )
+
+    start = time.perf_counter()
+    trainer.fit(task, datamodule=data, ckpt_path=config.checkpoint)
+    fit_seconds = time.perf_counter() - start
+    logged = trainer.callback_metrics.get(config.metric)
+    value = None if logged is None else float(logged)
+    if config.test:
+        trainer.test(task, datamodule=data)
+
+    if trainer.is_global_zero:
+        summary = summarise(
+            trainer,
+            task,
+            next(iter(data.train_dataloader())),
+            metric=config.metric,
+            value=value,
+            fit_seconds=fit_seconds,
+            step_seconds=timer.median,
+            options=None if strategy is None else strategy_options(config),
+            measure_steps=config.measure_steps,
+        )
+        summary.show({} if strategy is None else strategy.plans)
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        summary.save(folder)
+        print(f"output: {folder}")
+    return value
+
+
+if __name__ == "__main__":
+    main()

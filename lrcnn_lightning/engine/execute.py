@@ -1,0 +1,78 @@
+"""Executing a program: the prologue, then the segments, on the live parameters and buffers of a module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_unflatten
+
+from lrcnn_lightning.engine.rows import run_node
+from lrcnn_lightning.engine.segment import SegmentCall, run_segment
+from lrcnn_lightning.graph import Graph, ValueKind, map_refs
+from lrcnn_lightning.plan.plan import Program
+
+__all__ = ["execute", "live_tensor"]
+
+
+def live_tensor(module: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of that qualified name, as it is now."""
+    path, _, leaf = name.rpartition(".")
+    owner: Any = module.get_submodule(path) if path else module
+    tensor: Tensor = getattr(owner, leaf)
+    return tensor
+
+
+def _given(graph: Graph, module: nn.Module, inputs: Sequence[Any]) -> dict[int, Any]:
+    """The tensors that no node computes."""
+    store: dict[int, Any] = {}
+    for value in graph.values:
+        if value.kind is ValueKind.INPUT:
+            assert isinstance(value.source, int)
+            store[value.index] = inputs[value.source]
+        elif value.kind in (ValueKind.PARAMETER, ValueKind.BUFFER):
+            store[value.index] = live_tensor(module, str(value.source))
+        elif value.kind is ValueKind.CONSTANT:
+            store[value.index] = graph.constants[str(value.source)]
+    return store
+
+
+def execute(program: Program, module: nn.Module, inputs: Sequence[Any]) -> Any:
+    """Run the program on the flat inputs of a call; returns what the module would return."""
+    graph = program.graph
+    store = _given(graph.graph, module, inputs)
+    for position in program.prologue:
+        node = graph.nodes[position]
+        store.update(zip(node.outputs, run_node(node, store), strict=True))
+    for number, segment in enumerate(program.segments):
+        if segment.plain:
+            for position in segment.nodes:
+                node = graph.nodes[position]
+                store.update(zip(node.outputs, run_node(node, store), strict=True))
+        else:
+            call = SegmentCall(graph, segment)
+            outputs = run_segment(call, [store[index] for index in segment.inputs])
+            store.update(zip(segment.outputs, outputs, strict=True))
+        for index in segment.inputs:
+            if program.last_reader.get(index) == number:
+                store.pop(index, None)
+    leaves = map_refs(list(graph.graph.outputs), lambda ref: store[ref.index])
+    return tree_unflatten(leaves, graph.graph.output_spec)
+
+
+def requires_grad_leaves(graph: Graph, module: nn.Module, inputs: Sequence[Any]) -> frozenset[int]:
+    """Inputs and parameters that require a gradient now."""
+    found = []
+    for value in graph.values:
+        if value.kind is ValueKind.INPUT:
+            assert isinstance(value.source, int)
+            tensor = inputs[value.source]
+        elif value.kind in (ValueKind.PARAMETER, ValueKind.BUFFER):
+            tensor = live_tensor(module, str(value.source))
+        else:
+            continue
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            found.append(value.index)
+    return frozenset(found)

@@ -1,0 +1,202 @@
+"""Capture: a module and example inputs -> `Graph`.
+
+``torch.export`` traces the module in its current train/eval state into ATen operations; this file turns the result
+into the package's own data.  Context managers inside the module's code (``no_grad``, ``autocast``) come out as nested
+graphs and are written inline, with the switch noted on each node.  Parameters and buffers are named, never copied.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export.graph_signature import InputKind
+from torch.fx import GraphModule
+from torch.fx import Node as FxNode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from lrcnn_lightning.errors import CaptureError
+from lrcnn_lightning.graph.functional import functionalise
+from lrcnn_lightning.graph.graph import Context, Graph, Node, Ref, Value, ValueKind
+
+__all__ = ["capture"]
+
+_SPECIAL_INPUTS = {
+    InputKind.PARAMETER: ValueKind.PARAMETER,
+    InputKind.BUFFER: ValueKind.BUFFER,
+    InputKind.CONSTANT_TENSOR: ValueKind.CONSTANT,
+}
+
+
+def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Graph:
+    """Trace ``module(*args, **kwargs)`` into a `Graph`; nothing is computed and nothing changes.
+
+    Random state, buffers and gradients are left alone.  Raises `CaptureError` when the module's code cannot be traced,
+    for example because a branch depends on the values of a tensor.
+    """
+    if any(isinstance(child, torch.jit.ScriptModule) for child in module.modules()):
+        raise CaptureError("it contains a TorchScript module, which has no Python code to trace")
+    example_args, example_kwargs = tree_map_only(torch.Tensor, _example, (tuple(args), dict(kwargs or {})))
+    devices = [t.device for t in tree_flatten((args, kwargs or {}))[0] if isinstance(t, torch.Tensor) and t.is_cuda]
+    try:
+        with (
+            torch.random.fork_rng(devices=devices),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False) if devices else torch.autocast("cpu", enabled=False),
+        ):
+            program = torch.export.export(module, example_args, example_kwargs, strict=False)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise CaptureError(f"{type(error).__name__}: {reason[0] if reason else 'no message'}") from error
+    return functionalise(_Reader(program).graph())
+
+
+def _example(tensor: torch.Tensor) -> torch.Tensor:
+    """A stand-in with the metadata of ``tensor`` and no history (the trace reads shapes only)."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+class _Reader:
+    """Reads an exported program into values and nodes."""
+
+    def __init__(self, program: torch.export.ExportedProgram) -> None:
+        self.program = program
+        self.values: list[Value] = []
+        self.nodes: list[Node] = []
+        self.constants: dict[str, torch.Tensor] = {}
+
+    def graph(self) -> Graph:
+        environment: dict[FxNode, Any] = {}
+        specs = {spec.arg.name: spec for spec in self.program.graph_signature.input_specs}
+        position = 0
+        for node in self.program.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            spec = specs[node.name]
+            if spec.kind is InputKind.USER_INPUT:
+                fake = node.meta.get("val")
+                if isinstance(fake, torch.Tensor):
+                    environment[node] = self._value(node.name, fake, ValueKind.INPUT, position)
+                else:
+                    environment[node] = fake
+                position += 1
+            elif spec.kind in _SPECIAL_INPUTS:
+                kind = _SPECIAL_INPUTS[spec.kind]
+                environment[node] = self._value(node.name, node.meta["val"], kind, spec.target)
+                if kind is ValueKind.CONSTANT and spec.target is not None:
+                    self.constants[spec.target] = self.program.constants[spec.target]
+            else:
+                raise CaptureError(f"its input {node.name!r} is of kind {spec.kind.name}, which has no row-wise form")
+        outputs = self._inline(self.program.graph_module, environment, Context(), "")
+        specification = self.program.call_spec.out_spec
+        if specification is None:
+            raise CaptureError("the capture has no output structure")
+        leaves = outputs[: specification.num_leaves]
+        return Graph(tuple(self.values), tuple(self.nodes), tuple(leaves), specification, self.constants)
+
+    def _value(self, name: str, fake: torch.Tensor, kind: ValueKind, source: str | int | None = None) -> Ref:
+        shape = []
+        for size in fake.shape:
+            if not isinstance(size, int):
+                raise CaptureError(f"the shape of {name!r} depends on data: {tuple(fake.shape)}")
+            shape.append(size)
+        index = len(self.values)
+        self.values.append(Value(index, name, tuple(shape), fake.dtype, fake.device, kind, source))
+        return Ref(index)
+
+    def _inline(self, module: GraphModule, environment: dict[FxNode, Any], context: Context, path: str) -> Any:
+        """Append the nodes of ``module`` and return what it returns, as refs."""
+        for node in module.graph.nodes:
+            if node.op == "get_attr":
+                environment[node] = self._attribute(module, node)
+            elif node.op == "call_function":
+                environment[node] = self._call(module, node, environment, context, path)
+            elif node.op == "output":
+                return torch.fx.node.map_arg(node.args[0], lambda n: environment[n])
+        raise CaptureError("the capture has no output")
+
+    def _attribute(self, module: GraphModule, node: FxNode) -> Any:
+        target: Any = module
+        for part in str(node.target).split("."):
+            target = getattr(target, part)
+        if isinstance(target, torch.Tensor):
+            key = f"constant_{len(self.constants)}"
+            self.constants[key] = target
+            return self._value(node.name, target, ValueKind.CONSTANT, key)
+        return target
+
+    def _call(
+        self, module: GraphModule, node: FxNode, environment: dict[FxNode, Any], context: Context, path: str
+    ) -> Any:
+        def plain(tree: Any) -> Any:
+            return torch.fx.node.map_arg(tree, lambda n: environment[n])
+
+        args, kwargs = plain(node.args), plain(node.kwargs)
+        stack = node.meta.get("nn_module_stack") or {}
+        module_path = next(reversed(stack.values()))[0] if stack else path
+        if node.target is operator.getitem:
+            return args[0][args[1]]
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return self._nested(node.target, args, context, module_path)
+        if not isinstance(node.target, torch._ops.OpOverload):
+            if not any(isinstance(leaf, Ref) for leaf in tree_flatten((args, kwargs))[0]):
+                return node.target(*args, **kwargs)  # type: ignore[operator]  # arithmetic on sizes
+            raise CaptureError(f"{node.target} at {module_path or 'the top'} is not an ATen operation")
+        name = node.target.name()
+        if name.startswith("aten::_assert") or name == "aten::sym_constrain_range_for_size":
+            return None
+        fake = node.meta.get("val")
+        if isinstance(fake, torch.Tensor):
+            result: Any = self._value(node.name, fake, ValueKind.COMPUTED)
+            outputs = (result.index,)
+        elif isinstance(fake, (list, tuple)):
+            result = [
+                self._value(f"{node.name}_{i}", item, ValueKind.COMPUTED) if isinstance(item, torch.Tensor) else item
+                for i, item in enumerate(fake)
+            ]
+            outputs = tuple(item.index if isinstance(item, Ref) else -1 for item in result)
+            if -1 in outputs:
+                raise CaptureError(f"{name} at {module_path or 'the top'} returns something that is no tensor")
+        else:
+            raise CaptureError(
+                f"{name} at {module_path or 'the top'} turns a tensor into a Python value, "
+                "so the control flow depends on data"
+            )
+        self.nodes.append(
+            Node(node.name, node.target, _plain(args), _plain(kwargs), outputs, module_path, context)
+        )
+        return result
+
+    def _nested(self, target: Any, args: Any, context: Context, path: str) -> Any:
+        """Write the graph inside ``no_grad`` or ``autocast`` inline."""
+        name = target.name()
+        if name == "wrap_with_set_grad_enabled":
+            enabled, inner, *operands = args
+            context = Context(context.grad and bool(enabled), context.autocast)
+        elif name == "wrap_with_autocast":
+            device, dtype, enabled, _cache, inner, *operands = args
+            context = Context(context.grad, (device, dtype, enabled))
+        else:
+            raise CaptureError(f"{name} at {path or 'the top'} is data-dependent control flow")
+        placeholders = [node for node in inner.graph.nodes if node.op == "placeholder"]
+        return self._inline(inner, dict(zip(placeholders, operands, strict=True)), context, path)
+
+
+def _plain(tree: Any) -> Any:
+    """Immutable fx containers -> plain lists, tuples and dicts."""
+    if isinstance(tree, Ref):
+        return tree
+    if isinstance(tree, tuple):
+        return tuple(_plain(item) for item in tree)
+    if isinstance(tree, list):
+        return [_plain(item) for item in tree]
+    if isinstance(tree, dict):
+        return {key: _plain(item) for key, item in tree.items()}
+    return tree

@@ -1,0 +1,174 @@
+"""The graph: values, and nodes that compute them, as plain data.
+
+A graph is in single-assignment form: each value is produced by one node, or is given (a user input, a parameter, a
+buffer, a constant).  Arguments of a node hold `Ref`s where tensors go and plain Python constants elsewhere, nested in
+the lists, tuples and dicts of the ATen signature.
+
+    values   x  weight  c1  relu  ...          one row each: name, shape, dtype, kind
+    nodes    c1 = aten.conv2d(x, weight, ...)
+             relu = aten.relu(c1)
+    outputs  {"out": relu}                     a pytree
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._pytree import TreeSpec
+
+__all__ = ["Context", "Graph", "Node", "Ref", "Value", "ValueKind", "map_refs", "references"]
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A tensor argument: the index of a value in ``Graph.values``."""
+
+    index: int
+
+    def __repr__(self) -> str:
+        return f"%{self.index}"
+
+
+class ValueKind(enum.Enum):
+    """Where a value comes from."""
+
+    INPUT = "input"
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    CONSTANT = "constant"
+    COMPUTED = "computed"
+
+
+@dataclass(frozen=True)
+class Value:
+    """One tensor of the graph, as the capture saw it.
+
+    ``source`` is the parameter's or buffer's qualified name, the position among the flat user inputs, or the key of a
+    constant.  ``dtype`` is that of execution without autocast; under autocast the engine follows the tensors it gets.
+    """
+
+    index: int
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    kind: ValueKind = ValueKind.COMPUTED
+    source: str | int | None = None
+
+    @property
+    def elements(self) -> int:
+        """The number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def bytes(self) -> int:
+        """The size in bytes of a dense tensor of this shape and dtype."""
+        return self.elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Context:
+    """Switches that the module's own code set around a node (``torch.no_grad()``, ``torch.autocast(...)``)."""
+
+    grad: bool = True
+    autocast: tuple[str, torch.dtype, bool] | None = None
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation.
+
+    ``op`` is an ATen overload or an operation of the package (``rules``); ``module`` is the path of the submodule
+    whose code called it, for messages.
+    """
+
+    name: str
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    outputs: tuple[int, ...] = ()
+    module: str = ""
+    context: Context = Context()
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Indices of the values that the node reads, in order of appearance, repeated ones once."""
+        return tuple(dict.fromkeys(ref.index for ref in references((self.args, self.kwargs))))
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A captured module: values, nodes in execution order, and the pytree of its outputs.
+
+    ``outputs`` are the leaves of the output pytree: a `Ref` or a plain constant.
+    """
+
+    values: tuple[Value, ...]
+    nodes: tuple[Node, ...]
+    outputs: tuple[Any, ...]
+    output_spec: TreeSpec
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        """The user's tensor inputs, in flat order."""
+        return tuple(value for value in self.values if value.kind is ValueKind.INPUT)
+
+    def producers(self) -> dict[int, int]:
+        """Value index -> position in ``nodes`` of the node that computes it."""
+        return {output: position for position, node in enumerate(self.nodes) for output in node.outputs}
+
+    def readers(self) -> dict[int, list[int]]:
+        """Value index -> positions in ``nodes`` of the nodes that read it."""
+        table: dict[int, list[int]] = {value.index: [] for value in self.values}
+        for position, node in enumerate(self.nodes):
+            for index in node.inputs:
+                table[index].append(position)
+        return table
+
+    def output_values(self) -> tuple[int, ...]:
+        """Indices of the values that the module returns, each once."""
+        return tuple(dict.fromkeys(ref.index for ref in references(self.outputs)))
+
+    def __str__(self) -> str:
+        lines = []
+        for value in self.values:
+            if value.kind is not ValueKind.COMPUTED:
+                lines.append(f"{value.kind.value:9} %{value.index} {value.name}: {list(value.shape)}")
+        for node in self.nodes:
+            targets = ", ".join(f"%{i} {list(self.values[i].shape)}" for i in node.outputs)
+            lines.append(f"{targets} = {node.op}{node.args!r}  # {node.module}")
+        lines.append(f"return {self.outputs!r}")
+        return "\n".join(lines)
+
+
+def references(tree: Any) -> Iterator[Ref]:
+    """The `Ref`s inside nested lists, tuples and dicts, in order."""
+    if isinstance(tree, Ref):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from references(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from references(item)
+
+
+def map_refs(tree: Any, replace: Callable[[Ref], Any]) -> Any:
+    """A copy of nested lists, tuples and dicts with each `Ref` replaced."""
+    if isinstance(tree, Ref):
+        return replace(tree)
+    if isinstance(tree, list):
+        return [map_refs(item, replace) for item in tree]
+    if isinstance(tree, tuple):
+        return tuple(map_refs(item, replace) for item in tree)
+    if isinstance(tree, dict):
+        return {key: map_refs(item, replace) for key, item in tree.items()}
+    return tree

@@ -1,0 +1,79 @@
+"""What to keep: the residency of each map of a segment.
+
+Without a barrier inside, everything between the borders streams: that is LR-CNN. With normalisation in training mode,
+a map that is reduced is read twice in the forward pass (its moments, then its use), and the reductions cut a segment
+into many levels. Then
+
+    reduced, and not much larger than what it is computed from      KEEP          (the narrow maps of a bottleneck)
+    reduced, and wider than its source                              TRANSIENT     (computed again, once, when needed)
+    read in a later level (the shortcut of a residual block)        TRANSIENT
+    anything else (normalised maps, activations)                    STREAM
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from lrcnn_lightning.plan.residency import KEEP, STREAM, TRANSIENT, Residencies
+from lrcnn_lightning.rules import Role, RowGraph
+
+__all__ = ["choose_residencies"]
+
+_WIDE = 1.5
+"""A map this many times larger than its largest source is wide: computing it again is cheaper than keeping it."""
+
+
+def choose_residencies(
+    graph: RowGraph, nodes: Sequence[int], outputs: Collection[int], keep_narrow: bool = True
+) -> Residencies:
+    """Residencies of the maps that rows make in ``nodes``; ``keep_narrow=False`` keeps borders only."""
+    inside = set(nodes)
+    level = _levels(graph, nodes)
+    result: Residencies = {}
+    for position in nodes:
+        if graph.roles[position] is not Role.ROW:
+            continue
+        for value in graph.nodes[position].outputs:
+            readers = [r for r in graph.readers[value] if r in inside]
+            reduced = any(graph.roles[r] is Role.REDUCE for r in readers)
+            later = any(level[r] > level[position] for r in readers if graph.roles[r] is Role.ROW)
+            whole = any(graph.roles[r] is Role.WHOLE for r in readers)
+            if value in outputs:
+                result[value] = KEEP
+            elif reduced and later and keep_narrow and not _wide(graph, value, result):
+                result[value] = KEEP
+            elif later or whole:
+                result[value] = TRANSIENT
+            else:
+                result[value] = STREAM
+    return result
+
+
+def _levels(graph: RowGraph, nodes: Sequence[int]) -> dict[int, int]:
+    """How many barriers of the segment lie before each node."""
+    value_level: dict[int, int] = {}
+    node_level: dict[int, int] = {}
+    for position in nodes:
+        node, role = graph.nodes[position], graph.roles[position]
+        level = max((value_level.get(i, 0) for i in node.inputs), default=0)
+        reads_rows = any(graph.is_map(i) and i in value_level for i in node.inputs)
+        node_level[position] = level
+        barrier = role is Role.REDUCE or (role is Role.WHOLE and reads_rows)
+        for output in node.outputs:
+            value_level[output] = level + barrier
+    return node_level
+
+
+def _wide(graph: RowGraph, value: int, residencies: Residencies) -> bool:
+    """Whether a map is wider than everything that it is computed from, back to maps that exist."""
+    largest, pending, seen = 0, [value], set()
+    while pending:
+        for index in graph.nodes[graph.producer[pending.pop()]].inputs:
+            if not graph.is_map(index) or index in seen:
+                continue
+            seen.add(index)
+            if index in residencies and residencies[index].backward == "stream":
+                pending.append(index)
+            else:
+                largest = max(largest, graph.values[index].bytes)
+    return graph.values[value].bytes > _WIDE * largest

@@ -1,0 +1,134 @@
+"""A loop over rows: the unit of work of a stage, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from lrcnn_lightning.plan.halos import Row, row_intervals
+from lrcnn_lightning.rules import Interval, Role, RowGraph
+
+__all__ = ["BackwardPass", "Loop", "closure", "even_cuts", "make_loop"]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Compute ``nodes`` row by row (and, outside that, chunk by chunk of the batch).
+
+    ``targets`` are produced completely: written to their full map (``stored``), or read by one of the ``reductions``
+    (positions of nodes). ``sources`` are maps that are read. ``carried`` are the nodes under the CARRY policy.
+    """
+
+    name: str
+    nodes: tuple[int, ...]
+    sources: tuple[int, ...]
+    targets: tuple[int, ...]
+    stored: tuple[int, ...]
+    reductions: tuple[int, ...]
+    cuts: tuple[int, ...]
+    rows: tuple[Row, ...]
+    carried: frozenset[int]
+    chunks: tuple[Interval, ...]
+
+    @cached_property
+    def carries(self) -> bool:
+        """Whether any row carries anything from the one before."""
+        return any(span.lo < span.new for row in self.rows for span in row.spans.values())
+
+    def same_rows(self, other: Loop) -> bool:
+        """Whether the carries of ``other`` serve this loop: same chunks, and the same carried rows everywhere."""
+        if self.chunks != other.chunks or len(self.rows) != len(other.rows):
+            return False
+        for mine, theirs in zip(self.rows, other.rows, strict=True):
+            for position in self.carried & set(self.nodes):
+                if position not in theirs.spans:
+                    if mine.spans[position].lo < mine.spans[position].new:
+                        return False
+                elif mine.spans[position] != theirs.spans[position]:
+                    return False
+        return True
+
+
+@dataclass(frozen=True)
+class BackwardPass:
+    """One differentiated run of a loop, rows from the bottom.
+
+    Nodes in ``differentiated`` run under autograd, the others of the loop without. Gradients enter at ``outputs``
+    (values with a gradient map) and through ``injections`` (reductions whose outputs' gradients are known), and are
+    collected for ``maps`` (sources), for ``wholes`` (whole values, parameters). ``hollow`` nodes are not computed.
+    """
+
+    loop: Loop
+    nodes: tuple[int, ...]
+    differentiated: frozenset[int]
+    outputs: tuple[int, ...]
+    injections: tuple[int, ...]
+    maps: tuple[int, ...]
+    wholes: tuple[int, ...]
+    hollow: frozenset[int] = field(default_factory=frozenset)
+
+
+def even_cuts(height: int, rows: int) -> tuple[int, ...]:
+    """``rows`` cuts that divide ``height`` as evenly as integers can; fewer if the map is lower."""
+    rows = max(1, min(rows, height))
+    return tuple(height * (r + 1) // rows for r in range(rows))
+
+
+def closure(graph: RowGraph, targets: Collection[int], available: Collection[int]) -> tuple[tuple[int, ...], set[int]]:
+    """The nodes that compute ``targets`` from ``available`` maps, in order, and the maps that they read."""
+    found: set[int] = set()
+    sources: set[int] = set()
+    pending = list(targets)
+    while pending:
+        index = pending.pop()
+        if not graph.is_map(index):
+            continue
+        if index in available or index not in graph.producer:
+            sources.add(index)
+            continue
+        position = graph.producer[index]
+        if position in found:
+            continue
+        assert graph.roles[position] is Role.ROW, f"{graph.nodes[position].name} is not computed by rows"
+        found.add(position)
+        pending.extend(graph.nodes[position].inputs)
+    return tuple(sorted(found)), sources
+
+
+def make_loop(
+    graph: RowGraph,
+    name: str,
+    nodes: Sequence[int],
+    sources: Collection[int],
+    stored: Collection[int],
+    reductions: Sequence[int],
+    extra_targets: Collection[int],
+    rows: int | Sequence[int],
+    carried: Collection[int],
+    chunks: Sequence[Interval],
+) -> Loop:
+    """Put a loop together; ``rows`` is a number of even rows or the cuts of the tallest target."""
+    reduced = [graph.nodes[position].inputs[0] for position in reductions]
+    targets = tuple(sorted({*stored, *reduced, *extra_targets}))
+    height = max(graph.height(target) for target in targets)
+    lowest = min(graph.height(target) for target in targets)
+    if isinstance(rows, int):
+        cuts = even_cuts(height, min(rows, lowest))
+    else:
+        cuts = tuple(rows)
+    mine = frozenset(carried) & frozenset(nodes)
+    table = row_intervals(graph, nodes, targets, cuts, mine)
+    read = set(sources) | {index for row in table for index in row.reads}
+    return Loop(
+        name,
+        tuple(nodes),
+        tuple(sorted(read)),
+        targets,
+        tuple(sorted(stored)),
+        tuple(reductions),
+        cuts,
+        table,
+        mine,
+        tuple(chunks),
+    )

@@ -1,0 +1,135 @@
+"""The plan: what the engine does, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from lrcnn_lightning.plan.keeping import choose_residencies
+from lrcnn_lightning.plan.program import ProgramBuilder, SegmentProgram
+from lrcnn_lightning.plan.residency import Residencies
+from lrcnn_lightning.plan.segments import differentiable_values, segment_borders, stretches
+from lrcnn_lightning.rules import Interval, Role, RowGraph, RowRule
+
+__all__ = ["Choices", "Program", "build_program", "carried_nodes"]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is free to choose in a plan.
+
+    ``rows`` and ``segments`` are positive numbers, ``mode`` a halo policy by its paper's name (``two_phase`` or
+    ``overlap``), ``keep_narrow`` whether the narrow inputs of normalisations are kept.
+    """
+
+    mode: str = "two_phase"
+    rows: int = 4
+    segments: int = 1
+    batch_chunks: int = 1
+    keep_narrow: bool = True
+
+
+@dataclass(frozen=True)
+class Program:
+    """Segments in order, ready to be executed."""
+
+    graph: RowGraph
+    choices: Choices
+    segments: tuple[SegmentProgram, ...]
+    differentiable: frozenset[int]
+    training: bool
+    prologue: tuple[int, ...] = field(default=())
+
+    @cached_property
+    def last_reader(self) -> dict[int, int]:
+        """Value -> index of the last segment that reads it; module outputs are never dropped."""
+        last: dict[int, int] = {}
+        for i, segment in enumerate(self.segments):
+            for index in segment.inputs:
+                last[index] = i
+        for index in self.graph.graph.output_values():
+            last.pop(index, None)
+        return last
+
+
+def carried_nodes(graph: RowGraph, mode: str) -> frozenset[int]:
+    """The nodes whose halo is carried. Under ``two_phase`` all but those that a pointwise step makes from one map:
+    computing a few rows of them again is cheaper than storing them, since their input is carried."""
+    if mode == "overlap":
+        return frozenset()
+    carried = set()
+    for position, rule in enumerate(graph.rules):
+        if graph.roles[position] is not Role.ROW or not isinstance(rule, RowRule):
+            continue
+        maps = [index for index in graph.nodes[position].inputs if graph.is_map(index)]
+        cheap = rule.family in ("pointwise", "normalisation") and type(rule).hollow is RowRule.hollow
+        if not (cheap and len(maps) == 1):
+            carried.add(position)
+    return frozenset(carried)
+
+
+def build_program(graph: RowGraph, leaves: Collection[int], training: bool, choices: Choices) -> Program:
+    """Segments, residencies and row intervals for some choices.
+
+    ``leaves`` are the inputs and parameters that require a gradient; without ``training`` there is no backward pass.
+    """
+    differentiable = differentiable_values(graph, leaves) if training else set()
+    training = training and any(
+        graph.is_map(o) or graph.roles[p] is not Role.PROLOGUE
+        for p, node in enumerate(graph.nodes)
+        for o in node.outputs
+        if o in differentiable and graph.roles[p] is not Role.PROLOGUE
+    )
+    carried = carried_nodes(graph, choices.mode)
+    chunks = _chunks(graph, choices.batch_chunks)
+    plain: list[tuple[tuple[int, ...], str]] = []
+    for stretch in stretches(graph, differentiable, training):
+        if stretch.kind == "plain":
+            plain.append((stretch.nodes, "plain"))
+        elif stretch.kind == "frozen":
+            plain.append((stretch.nodes, "frozen"))
+        else:
+            plain.extend(
+                (nodes, "rows") for nodes in segment_borders(graph, stretch.nodes, choices.segments, choices.rows)
+            )
+    outputs_of = _borders(graph, [nodes for nodes, _ in plain])
+    segments: list[SegmentProgram] = []
+    for number, (nodes, kind) in enumerate(plain):
+        name, outputs = f"s{number}", outputs_of[number]
+        if kind == "plain":
+            segments.append(_plain(graph, name, nodes, outputs))
+            continue
+        residencies: Residencies = choose_residencies(graph, nodes, outputs, choices.keep_narrow)
+        builder = ProgramBuilder(
+            graph, name, nodes, outputs, residencies, choices.rows, carried, chunks, differentiable
+        )
+        segments.append(builder.build(training=kind == "rows"))
+    prologue = tuple(p for p in range(len(graph.nodes)) if graph.roles[p] is Role.PROLOGUE)
+    return Program(graph, choices, tuple(segments), frozenset(differentiable), training, prologue)
+
+
+def _chunks(graph: RowGraph, count: int) -> list[Interval]:
+    samples = max((graph.samples(value.index) for value in graph.values), default=0)
+    if samples == 0 or not graph.batch_splits:
+        return [Interval(0, samples)]
+    count = max(1, min(count, samples))
+    return [Interval(samples * i // count, samples * (i + 1) // count) for i in range(count)]
+
+
+def _borders(graph: RowGraph, runs: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Per run: the values that it makes and that a later run reads or the module returns."""
+    home = {o: i for i, nodes in enumerate(runs) for p in nodes for o in graph.nodes[p].outputs}
+    crossing: set[int] = set(graph.graph.output_values())
+    for i, nodes in enumerate(runs):
+        for position in nodes:
+            crossing.update(index for index in graph.nodes[position].inputs if home.get(index, i) != i)
+    return [
+        [o for p in nodes for o in graph.nodes[p].outputs if o in crossing] for nodes in runs
+    ]
+
+
+def _plain(graph: RowGraph, name: str, nodes: Sequence[int], outputs: Sequence[int]) -> SegmentProgram:
+    inside = {o for p in nodes for o in graph.nodes[p].outputs}
+    inputs = tuple(dict.fromkeys(i for p in nodes for i in graph.nodes[p].inputs if i not in inside))
+    return SegmentProgram(name, tuple(nodes), inputs, tuple(outputs), (), (), (), plain=True)

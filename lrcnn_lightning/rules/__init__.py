@@ -1,0 +1,26 @@
+"""Row rules: one family a file. Importing this package fills the registry."""
+
+from lrcnn_lightning.rules import dropout, normalisation, pointwise, reduction, resize, shape, transposed, window
+from lrcnn_lightning.rules.lowering import Role, RowGraph, lower
+from lrcnn_lightning.rules.rule import Axes, Interval, Operator, Reduction, RowRule, Tile, registered
+
+__all__ = [
+    "Axes",
+    "Interval",
+    "Operator",
+    "Reduction",
+    "Role",
+    "RowGraph",
+    "RowRule",
+    "Tile",
+    "dropout",
+    "lower",
+    "normalisation",
+    "pointwise",
+    "reduction",
+    "registered",
+    "resize",
+    "shape",
+    "transposed",
+    "window",
+]

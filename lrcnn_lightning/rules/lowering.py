@@ -1,0 +1,157 @@
+"""Lowering: a captured graph -> a `RowGraph`, in which every node has a role and every value its axes.
+
+The row axis is propagated from the inputs through the rules.  Where an operation has no rule for the axes that arrive,
+it runs whole; its result, if it is a map again, gets a row axis anew, so that what follows streams.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from lrcnn_lightning.errors import InputError
+from lrcnn_lightning.graph import Graph, Node, Value, ValueKind, dependent_values
+from lrcnn_lightning.rules.expansion import expand
+from lrcnn_lightning.rules.rule import WHOLE, Axes, Reduction, RowRule, Scope, find_factory
+
+__all__ = ["Role", "RowGraph", "lower"]
+
+
+class Role(enum.Enum):
+    """How a node is executed."""
+
+    PROLOGUE = "prologue"
+    """Does not depend on the input's data: once a step, under ordinary autograd, before all rows."""
+    ROW = "row"
+    """On slabs."""
+    REDUCE = "reduce"
+    """On slabs, into a whole value: a barrier."""
+    WHOLE = "whole"
+    """On full maps or whole values: a barrier."""
+
+
+@dataclass(frozen=True)
+class RowGraph:
+    """A graph with the role and rule of each node, and the axes of each value."""
+
+    graph: Graph
+    roles: tuple[Role, ...]
+    rules: tuple[RowRule | Reduction | None, ...]
+    axes: dict[int, Axes]
+    batch_splits: bool
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        return self.graph.values
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        return self.graph.nodes
+
+    @cached_property
+    def producer(self) -> dict[int, int]:
+        """Value -> position of the node that computes it."""
+        return self.graph.producers()
+
+    @cached_property
+    def readers(self) -> dict[int, list[int]]:
+        """Value -> positions of the nodes that read it."""
+        return self.graph.readers()
+
+    @cached_property
+    def dependent(self) -> set[int]:
+        """Values that depend on the data of an input."""
+        return dependent_values(self.graph)
+
+    def height(self, value: int) -> int:
+        """The number of rows of a value; 0 for a whole value."""
+        row = self.axes.get(value, WHOLE).row
+        return 0 if row is None else self.values[value].shape[row]
+
+    def samples(self, value: int) -> int:
+        """The size of the batch axis of a value; 0 if it has none."""
+        batch = self.axes.get(value, WHOLE).batch
+        return 0 if batch is None else self.values[value].shape[batch]
+
+    def is_map(self, value: int) -> bool:
+        """Whether the value has a row axis."""
+        return self.axes.get(value, WHOLE).row is not None
+
+    def whole_nodes(self) -> list[Node]:
+        """Nodes that read or write a map and run whole all the same."""
+        return [
+            node
+            for node, role in zip(self.nodes, self.roles, strict=True)
+            if role is Role.WHOLE and any(self.is_map(index) for index in (*node.inputs, *node.outputs))
+        ]
+
+
+def lower(graph: Graph, axis: int | str = "auto") -> RowGraph:
+    """Assign axes, rules and roles.
+
+    ``axis`` is the dimension of the input that is split, or ``"auto"``: the longest spatial one (the first of equals).
+    Raises `InputError` when no input has a spatial axis, or the given one is none.
+    """
+    graph = expand(graph)
+    dependent = dependent_values(graph)
+    dimension, rank = _row_dimension(graph, axis)
+    axes: dict[int, Axes] = {}
+    for value in graph.inputs:
+        axes[value.index] = _seed(value, dimension, rank)
+    roles: list[Role] = []
+    rules: list[RowRule | Reduction | None] = []
+    batch_splits = True
+    for node in graph.nodes:
+        rule = None
+        if not any(index in dependent for index in node.inputs):
+            roles.append(Role.PROLOGUE)
+            rules.append(None)
+            continue
+        if any(axes.get(index, WHOLE).row is not None for index in node.inputs):
+            factory = find_factory(node.op)
+            rule = None if factory is None else factory(Scope(graph.values, axes, node))
+        rules.append(rule)
+        if isinstance(rule, RowRule):
+            roles.append(Role.ROW)
+            axes.update(zip(node.outputs, rule.axes, strict=True))
+            batch_splits = batch_splits and all(given.batch is not None for given in rule.axes)
+        elif rule is not None:
+            roles.append(Role.REDUCE)
+        else:
+            roles.append(Role.WHOLE)
+            for output in node.outputs:
+                axes[output] = _seed(graph.values[output], dimension, rank)
+    return RowGraph(replace(graph), tuple(roles), tuple(rules), axes, batch_splits)
+
+
+def _row_dimension(graph: Graph, axis: int | str) -> tuple[int, int]:
+    """The dimension that is split and the rank of the maps that have it."""
+    maps = [value for value in graph.inputs if len(value.shape) >= 3 and value.dtype.is_floating_point]
+    if not maps:
+        shapes = [list(value.shape) for value in graph.inputs]
+        raise InputError(
+            f"no input has a spatial axis: the shapes are {shapes}; allowed are maps such as N C H W, N C D H W or N C L"
+        )
+    largest = max(maps, key=lambda value: value.elements)
+    rank = len(largest.shape)
+    if axis == "auto":
+        return max(range(2, rank), key=lambda d: (largest.shape[d], -d)), rank
+    assert isinstance(axis, int)
+    dimension = axis + rank if axis < 0 else axis
+    if not 2 <= dimension < rank:
+        raise InputError(
+            f"axis={axis} is no spatial axis of an input of shape {list(largest.shape)}: "
+            f"allowed are 'auto' and {', '.join(str(d) for d in range(2, rank))}"
+        )
+    return dimension, rank
+
+
+def _seed(value: Value, dimension: int, rank: int) -> Axes:
+    """The axes of a map that is given or comes from a whole operation."""
+    is_map = len(value.shape) == rank and isinstance(value.dtype, torch.dtype) and value.shape[dimension] > 1
+    if not is_map or value.kind not in (ValueKind.INPUT, ValueKind.COMPUTED):
+        return WHOLE
+    return Axes(dimension, 0)

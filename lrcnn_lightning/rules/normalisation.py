@@ -1,0 +1,215 @@
+"""Normalisation over space, split in three: moments per row, a merge, and a pointwise application.
+
+    y = weight * (x - mean) / sqrt(variance + eps) + bias
+
+``batch_norm`` in training mode, ``instance_norm`` and ``group_norm`` become
+
+    mean, variance = moments(x)                       a reduction: a barrier
+    update_statistics(mean, variance, ...)            an effect on the running statistics, once a step
+    y = normalise(x, mean, variance, weight, bias)    pointwise
+
+With frozen statistics (``eval`` mode) ``batch_norm`` is pointwise as it stands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrcnn_lightning.graph import Node, Ref
+from lrcnn_lightning.rules.expansion import Builder, expands
+from lrcnn_lightning.rules.pointwise import AlongRows, cut_whole
+from lrcnn_lightning.rules.reduction import moments
+from lrcnn_lightning.rules.rule import Axes, Operator, RowRule, Scope, Tile, register
+
+__all__ = ["Normalise", "normalise", "update_statistics"]
+
+aten = torch.ops.aten
+
+
+class _Normalise(torch.autograd.Function):
+    """Frozen-statistics batch normalisation that also differentiates its statistics.
+
+    Only the input is saved. With g the gradient of y and s = 1/sqrt(variance + eps), two sums over the slab give all:
+    dbias = sum g, dweight = sum g (x - mean) s, dmean = -weight s dbias, dvariance = -1/2 weight s^2 dweight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor, variance: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
+        ctx.save_for_backward(x, mean, variance, weight)
+        ctx.eps = eps
+        return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, torch.backends.cudnn.enabled)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        x, mean, variance, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        statistics = needs[1] or needs[2]
+        result, for_weight, for_bias = aten.native_batch_norm_backward.default(
+            gradient.contiguous() if gradient.stride() != x.stride() and gradient.is_contiguous() is False else gradient,
+            x,
+            weight,
+            mean,
+            variance,
+            None,
+            None,
+            False,
+            ctx.eps,
+            [needs[0], statistics or needs[3], statistics or needs[4]],
+        )
+        for_mean = for_variance = None
+        if statistics:
+            scale = torch.rsqrt(variance + ctx.eps)
+            weighted = scale if weight is None else scale * weight
+            for_mean = -weighted * for_bias
+            for_variance = -0.5 * weighted * scale * for_weight
+        return (
+            result,
+            for_mean,
+            for_variance,
+            for_weight if needs[3] else None,
+            for_bias if needs[4] else None,
+            None,
+        )
+
+
+def _normalise(x: Tensor, mean: Tensor, variance: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
+    if mean.dim() == 1:
+        result: Tensor = _Normalise.apply(x, mean, variance, weight, bias, eps)  # type: ignore[no-untyped-call]
+        return result
+    # One mean a sample and group: every sample's channels become channels of one sample.
+    samples, channels = x.shape[:2]
+    repeat = channels // mean.shape[1]
+    means, variances = (t.repeat_interleave(repeat, 1).reshape(-1) for t in (mean, variance))
+    flat = x.reshape(1, samples * channels, *x.shape[2:])
+    scale = None if weight is None else weight.repeat(samples)
+    shift = None if bias is None else bias.repeat(samples)
+    if scale is None and shift is not None:
+        scale = torch.ones_like(shift)
+    elif shift is None and scale is not None:
+        shift = torch.zeros_like(scale)
+    result = _Normalise.apply(flat, means, variances, scale, shift, eps)  # type: ignore[no-untyped-call]
+    return result.reshape(x.shape)
+
+
+normalise = Operator("normalise", _normalise)
+
+
+@dataclass(frozen=True)
+class Normalise(RowRule):
+    """``normalise`` on a slab; statistics of single samples are cut to the samples of the tile."""
+
+    samples: int
+    axes: tuple[Axes, ...]
+    family = "normalisation"
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor:
+        x, mean, variance, *rest = args
+        if mean.dim() == 2 and mean.shape[0] != x.shape[0]:
+            mean, variance = (cut_whole(t, 2, 0, self.samples, tile.batch) for t in (mean, variance))
+        return _normalise(x, mean, variance, *rest)
+
+
+@register("normalisation", normalise)
+def normalise_rule(scope: Scope) -> RowRule | None:
+    """``normalise(input, mean, variance, weight, bias, eps)``."""
+    axes = scope.of(scope.node.args[0])
+    if axes.row is None or axes.row < 2 or not scope.only_first_has_rows():
+        return None
+    return Normalise(scope.shape(scope.node.args[0])[0], (axes,))
+
+
+@register("normalisation", aten.batch_norm.default)
+def frozen_batch_norm(scope: Scope) -> RowRule | None:
+    """``batch_norm`` with frozen statistics (training mode has been expanded)."""
+    axes = scope.of(scope.node.args[0])
+    if axes.row is None or axes.row < 2 or scope.node.args[5] or not scope.only_first_has_rows():
+        return None
+    return AlongRows(scope.node.op, (axes,))
+
+
+def _update_statistics(
+    mean: Tensor, variance: Tensor, running_mean: Tensor, running_variance: Tensor, momentum: float, count: int
+) -> None:
+    """Move the running statistics towards these; the variance with Bessel's correction, as ATen does.
+
+    Statistics of single samples (``[N, C]``) are averaged over the samples.
+    """
+    with torch.no_grad():
+        if mean.dim() == 2:
+            mean, variance = mean.mean(0), variance.mean(0)
+        unbiased = variance * (count / max(count - 1, 1))
+        running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)
+        running_variance.mul_(1 - momentum).add_(unbiased.to(running_variance.dtype), alpha=momentum)
+
+
+update_statistics = Operator("update_statistics", _update_statistics)
+
+
+def _channels_and_count(builder: Builder, x: Ref, groups: int | None) -> tuple[int, int]:
+    shape = builder.values[x.index].shape
+    elements = 1
+    for size in shape:
+        elements *= size
+    return shape[1], elements // (shape[1] if groups is None else shape[0] * groups)
+
+
+def _split(builder: Builder, node: Node, x: Ref, groups: int | None, affine: tuple[Any, Any], eps: float) -> Any:
+    """Emit moments and their use; returns the two statistics."""
+    value = builder.values[x.index]
+    dtype = torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype
+    shape = (value.shape[1],) if groups is None else (value.shape[0], groups)
+    statistics = [builder.value(f"{node.name}_{part}", shape, dtype, value.device) for part in ("mean", "variance")]
+    builder.emit(node, moments, (x, groups), tuple(s.index for s in statistics), "moments")
+    builder.emit(node, normalise, (x, *statistics, *affine, eps), node.outputs, "normalise")
+    return statistics
+
+
+@expands(aten.batch_norm.default)
+def expand_batch_norm(builder: Builder, node: Node) -> bool:
+    """Training mode only; ``batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, ...)``."""
+    x, weight, bias, running_mean, running_variance, training, momentum, eps = node.args[:8]
+    if not training:
+        return False
+    _, count = _channels_and_count(builder, x, None)
+    if count == 1:
+        return False  # ATen's own error: more than one value per channel is expected
+    mean, variance = _split(builder, node, x, None, (weight, bias), eps)
+    if isinstance(running_mean, Ref):
+        args = (mean, variance, running_mean, running_variance, momentum, count)
+        builder.emit(node, update_statistics, args, (), "statistics")
+    return True
+
+
+@expands(aten.instance_norm.default)
+def expand_instance_norm(builder: Builder, node: Node) -> bool:
+    """``instance_norm(x, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, ...)``."""
+    x, weight, bias, running_mean, running_variance, from_input, momentum, eps = node.args[:8]
+    if not from_input:
+        args = (x, weight, bias, running_mean, running_variance, False, momentum, eps, False)
+        builder.emit(node, aten.batch_norm.default, args, node.outputs, "frozen")
+        return True
+    channels = builder.values[x.index].shape[1]
+    _, count = _channels_and_count(builder, x, channels)
+    mean, variance = _split(builder, node, x, channels, (weight, bias), eps)
+    if isinstance(running_mean, Ref):
+        args = (mean, variance, running_mean, running_variance, momentum, count)
+        builder.emit(node, update_statistics, args, (), "statistics")
+    return True
+
+
+@expands(aten.group_norm.default)
+def expand_group_norm(builder: Builder, node: Node) -> bool:
+    """``group_norm(x, num_groups, weight, bias, eps)``."""
+    x, groups = node.args[:2]
+    weight = node.args[2] if len(node.args) > 2 else node.kwargs.get("weight")
+    bias = node.args[3] if len(node.args) > 3 else node.kwargs.get("bias")
+    eps = node.args[4] if len(node.args) > 4 else node.kwargs.get("eps", 1e-5)
+    if len(builder.values[x.index].shape) < 3:
+        return False
+    _split(builder, node, x, groups, (weight, bias), eps)
+    return True

@@ -1,0 +1,166 @@
+"""Pointwise operations, of any number of operands, with broadcasting.
+
+An output row needs the same row of every operand that has a row axis.  An operand without one is whole: it is
+broadcast along the rows (a ``[N, C, 1, 1]`` gate, a ``[C, 1, 1]`` weight), or, when it is as high as the map (a
+position embedding, a dropout mask), the rows of the tile are cut from it.  The same holds for the batch axis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrcnn_lightning.graph import references
+from lrcnn_lightning.rules.hollow import hollow_linear
+from lrcnn_lightning.rules.rule import Axes, Interval, RowRule, Scope, Tile, register
+
+__all__ = ["AlongRows", "Linear", "Pointwise", "cut_whole"]
+
+aten = torch.ops.aten
+
+
+def cut_whole(operand: Tensor, rank: int, dimension: int | None, size: int, part: Interval) -> Tensor:
+    """The part of a whole operand that lines up with rows (or samples) ``part`` of a map of ``rank`` dimensions."""
+    if dimension is None or part.length == size:
+        return operand
+    own = dimension - (rank - operand.dim())
+    if own < 0 or operand.shape[own] != size:
+        return operand
+    return operand.narrow(own, part.lo, part.length)
+
+
+@dataclass(frozen=True)
+class Pointwise(RowRule):
+    """Any operation tagged pointwise, and those that behave so along the row axis."""
+
+    operation: Any
+    rank: int
+    height: int
+    samples: int
+    whole: tuple[int, ...]
+    axes: tuple[Axes, ...]
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Any:
+        if self.whole:
+            operands = list(args)
+            for position in self.whole:
+                operand = cut_whole(operands[position], self.rank, self.axes[0].row, self.height, tile.rows)
+                operands[position] = cut_whole(operand, self.rank, self.axes[0].batch, self.samples, tile.batch)
+            args = tuple(operands)
+        return self.operation(*args, **kwargs)
+
+
+@register("pointwise", "pointwise")
+def pointwise(scope: Scope) -> RowRule | None:
+    """Operands are aligned from the last dimension, as broadcasting does."""
+    output = scope.output
+    rank = len(output.shape)
+    row: int | None = None
+    batch: int | None = None
+    lacking_batch = False
+    whole = []
+    for position, operand in enumerate(scope.node.args):
+        nested = list(references(operand))
+        if not nested:
+            continue
+        if operand not in nested:
+            return None  # tensors inside a list: no broadcasting operation of ATen takes them
+        axes, shape = scope.of(operand), scope.shape(operand)
+        if axes.row is None:
+            whole.append(position)
+            continue
+        aligned = axes.row + rank - len(shape)
+        if row not in (None, aligned) or shape[axes.row] != output.shape[aligned]:
+            return None
+        row = aligned
+        if axes.batch is None:
+            lacking_batch = True
+        else:
+            aligned = axes.batch + rank - len(shape)
+            if batch not in (None, aligned) or shape[axes.batch] != output.shape[aligned]:
+                lacking_batch = True
+            batch = aligned
+    if row is None or any(references(scope.node.kwargs)):
+        return None
+    samples = 0 if batch is None or lacking_batch else output.shape[batch]
+    out = Axes(row, None if lacking_batch else batch)
+    return Pointwise(scope.node.op, rank, output.shape[row], samples, tuple(whole), (out,) * len(scope.node.outputs))
+
+
+@dataclass(frozen=True)
+class AlongRows(RowRule):
+    """An operation that treats every row alike and takes one map; whole operands have no row dimension."""
+
+    operation: Any
+    axes: tuple[Axes, ...]
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Any:
+        return self.operation(*args, **kwargs)
+
+
+def _alike(scope: Scope) -> RowRule | None:
+    if not scope.only_first_has_rows():
+        return None
+    axes = scope.of(scope.node.args[0])
+    return AlongRows(scope.node.op, (axes,) * len(scope.node.outputs))
+
+
+@register("pointwise", aten.prelu.default)
+def prelu(scope: Scope) -> RowRule | None:
+    """One learned slope, or one a channel (dimension 1)."""
+    axes = scope.of(scope.node.args[0])
+    return None if axes.row == 1 else _alike(scope)
+
+
+@register("pointwise", aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default)
+@register("pointwise", aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.to.device)
+def elementwise(scope: Scope) -> RowRule | None:
+    """Operations of one map that ATen does not tag pointwise."""
+    return _alike(scope)
+
+
+@register("pointwise", aten.softmax.int, aten.log_softmax.int, aten.cumsum.default)
+@register("pointwise", aten._softmax.default, aten._log_softmax.default, aten.glu.default)
+def along_a_dimension(scope: Scope) -> RowRule | None:
+    """Operations along one dimension, pointwise along the others."""
+    axes = scope.of(scope.node.args[0])
+    rank = len(scope.shape(scope.node.args[0]))
+    dimension = scope.argument(1, "dim", -1) % rank
+    if dimension == axes.row:
+        return None
+    rule = _alike(scope)
+    if rule is not None and dimension == axes.batch:
+        return AlongRows(scope.node.op, (Axes(axes.row, None),))
+    return rule
+
+
+@dataclass(frozen=True)
+class Linear(AlongRows):
+    """``linear``: a matrix product along the last dimension."""
+
+    def hollow(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor | None:
+        bias = args[2] if len(args) > 2 else kwargs.get("bias")
+        return hollow_linear(args[0], args[1], bias)
+
+
+@register("pointwise", aten.linear.default)
+def linear(scope: Scope) -> RowRule | None:
+    """``linear(input, weight, bias)`` on channels in the last dimension."""
+    axes = scope.of(scope.node.args[0])
+    if not scope.only_first_has_rows() or axes.row == len(scope.shape(scope.node.args[0])) - 1:
+        return None
+    return Linear(scope.node.op, (axes,))
+
+
+@register("pointwise", aten.layer_norm.default)
+def layer_norm(scope: Scope) -> RowRule | None:
+    """``layer_norm(input, normalized_shape, ...)`` over the last dimensions, when the row axis is not among them."""
+    axes = scope.of(scope.node.args[0])
+    rank = len(scope.shape(scope.node.args[0]))
+    first = rank - len(scope.node.args[1])
+    if axes.row is None or axes.row >= first or not scope.only_first_has_rows():
+        return None
+    return AlongRows(scope.node.op, (axes,))

@@ -1,0 +1,203 @@
+"""Reductions over rows: sums, means, maxima, norms, global pools, moments.
+
+Each is a partial result per row, a merge of two, and a finish.  Its backward needs no row of any other slab: given the
+finished outputs and their gradients, the gradient of a slab is a pointwise formula (`inject`).
+
+The moments of several slabs are merged by Chan's formula (Chan, Golub, LeVeque 1979), with count n, mean m and sum of
+squared deviations M2:
+
+    d = m_b - m_a      m = m_a + d * n_b / n      M2 = M2_a + M2_b + d^2 * n_a * n_b / n
+
+which is stable where sums of squares are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrcnn_lightning.rules.pointwise import AlongRows
+from lrcnn_lightning.rules.rule import WHOLE, Axes, Operator, Reduction, RowRule, Scope, register
+
+__all__ = ["Moments", "Sum", "global_average", "moments", "wide"]
+
+aten = torch.ops.aten
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32 or better, in which sums over rows are taken."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+@dataclass(frozen=True)
+class Sum(Reduction):
+    """``sum`` and ``mean`` over dimensions that include the row axis."""
+
+    dims: tuple[int, ...]
+    keepdim: bool
+    divisor: int
+    out_shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    keeps_batch: int | None
+    axes: tuple[Axes, ...] = (WHOLE,)
+
+    def partial(self, slab: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        return wide(slab).sum(self.dims, keepdim=self.keepdim), slab.dtype
+
+    def merge(self, first: tuple[Any, ...], second: tuple[Any, ...]) -> tuple[Any, ...]:
+        return first[0] + second[0], first[1]
+
+    def finish(self, state: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        total, dtype = state
+        return ((total / self.divisor).to(self.dtype or dtype),)
+
+    def inject(
+        self, slab: Tensor, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], args: tuple[Any, ...]
+    ) -> Tensor:
+        gradient = gradients[0]
+        assert gradient is not None
+        if not self.keepdim:
+            for dim in sorted(self.dims):
+                gradient = gradient.unsqueeze(dim)
+        return (gradient / self.divisor).to(slab.dtype).expand(slab.shape)
+
+
+def _kept_batch(scope: Scope, dims: Sequence[int], keepdim: bool) -> int | None:
+    """Where the batch axis of the input is in the output of a reduction over ``dims``."""
+    batch = scope.of(scope.node.args[0]).batch
+    if batch is None or batch in dims:
+        return None
+    return batch if keepdim else batch - sum(dim < batch for dim in dims)
+
+
+def _reduced(scope: Scope, given: Any, keepdim: bool, mean: bool) -> Reduction | RowRule | None:
+    if not scope.only_first_has_rows():
+        return None
+    shape, axes = scope.shape(scope.node.args[0]), scope.of(scope.node.args[0])
+    dims = tuple(d % len(shape) for d in given) if given else tuple(range(len(shape)))
+    assert axes.row is not None
+    if axes.row not in dims:
+        row = axes.row if keepdim else axes.row - sum(d < axes.row for d in dims)
+        return AlongRows(scope.node.op, (Axes(row, _kept_batch(scope, dims, keepdim)),))
+    divisor = 1
+    for dim in dims if mean else ():
+        divisor *= shape[dim]
+    return Sum(
+        dims, keepdim, divisor, scope.output.shape, scope.node.kwargs.get("dtype"), _kept_batch(scope, dims, keepdim)
+    )
+
+
+@register("reduction", aten.mean.dim)
+def mean(scope: Scope) -> Reduction | RowRule | None:
+    """``mean(input, dim, keepdim)``."""
+    return _reduced(scope, scope.argument(1, "dim"), bool(scope.argument(2, "keepdim", False)), True)
+
+
+@register("reduction", aten.sum.dim_IntList)
+def total(scope: Scope) -> Reduction | RowRule | None:
+    """``sum(input, dim, keepdim)``."""
+    return _reduced(scope, scope.argument(1, "dim"), bool(scope.argument(2, "keepdim", False)), False)
+
+
+@register("reduction", aten.mean.default)
+def mean_of_all(scope: Scope) -> Reduction | RowRule | None:
+    """``mean(input)``."""
+    return _reduced(scope, None, False, True)
+
+
+@register("reduction", aten.sum.default)
+def total_of_all(scope: Scope) -> Reduction | RowRule | None:
+    """``sum(input)``."""
+    return _reduced(scope, None, False, False)
+
+
+def global_average(scope: Scope, position: int) -> Reduction | None:
+    """``adaptive_avg_poolNd`` to one row; the other axes must go to one as well."""
+    shape, out = scope.shape(scope.node.args[0]), scope.output.shape
+    dimensions = int(scope.node.op._schema.name[-2])
+    dims = tuple(range(len(shape) - dimensions, len(shape)))
+    if any(out[dim] != 1 for dim in dims):
+        return None
+    divisor = 1
+    for dim in dims:
+        divisor *= shape[dim]
+    return Sum(dims, True, divisor, out, None, _kept_batch(scope, dims, True))
+
+
+@dataclass(frozen=True)
+class Moments(Reduction):
+    """Mean and biased variance over space, and over the batch where ``groups`` is None.
+
+    Of a map ``N C *``: ``[C]`` each, or, with groups G, ``[N, G]`` each (instance normalisation has G = C).
+    """
+
+    groups: int | None
+    count: int
+    keeps_batch: int | None
+    axes: tuple[Axes, ...] = (WHOLE, WHOLE)
+
+    def partial(self, slab: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        slab = wide(slab)
+        count = slab.numel() // (slab.shape[1] if self.groups is None else slab.shape[0] * self.groups)
+        variance, mean = _variance_and_mean(slab, self.groups)
+        return count, mean, variance * count
+
+    def merge(self, first: tuple[Any, ...], second: tuple[Any, ...]) -> tuple[Any, ...]:
+        count = first[0] + second[0]
+        difference = second[1] - first[1]
+        mean = first[1] + difference * (second[0] / count)
+        return count, mean, first[2] + second[2] + difference * difference * (first[0] * second[0] / count)
+
+    def finish(self, state: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        count, mean, deviations = state
+        return mean, deviations / count
+
+    def inject(
+        self, slab: Tensor, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], args: tuple[Any, ...]
+    ) -> Tensor:
+        # dx = dmean/n + 2/n * dvar * (x - mean), as one scale and one shift a channel.
+        for_mean, for_variance = gradients
+        average = outputs[0]
+        scale = 0 * average if for_variance is None else for_variance * (2 / self.count)
+        shift = -scale * average
+        if for_mean is not None:
+            shift = shift + for_mean / self.count
+        shape = [1, -1] + [1] * (slab.dim() - 2)
+        if self.groups is not None:
+            repeat = slab.shape[1] // self.groups
+            scale, shift = (t.repeat_interleave(repeat, 1) for t in (scale, shift))
+            shape[0] = slab.shape[0]
+        return torch.addcmul(shift.view(shape), wide(slab), scale.view(shape)).to(slab.dtype)
+
+
+def _variance_and_mean(x: Tensor, groups: int | None) -> tuple[Tensor, Tensor]:
+    if groups is None:
+        dims = [0, *range(2, x.dim())]
+        return torch.var_mean(x, dims, correction=0)
+    return torch.var_mean(x.reshape(x.shape[0], groups, -1), 2, correction=0)
+
+
+def _moments(x: Tensor, groups: int | None) -> tuple[Tensor, Tensor]:
+    variance, mean = _variance_and_mean(wide(x), groups)
+    return mean, variance
+
+
+moments = Operator("moments", _moments)
+
+
+@register("reduction", moments)
+def moments_rule(scope: Scope) -> Reduction | None:
+    """``moments(input, groups)``: the reduction half of a normalisation over space."""
+    shape, axes = scope.shape(scope.node.args[0]), scope.of(scope.node.args[0])
+    groups = scope.node.args[1]
+    if axes.row is None or axes.row < 2:
+        return None
+    elements = 1
+    for size in shape:
+        elements *= size
+    count = elements // (shape[1] if groups is None else shape[0] * groups)
+    return Moments(groups, count, None if groups is None else axes.batch)

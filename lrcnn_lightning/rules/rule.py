@@ -1,0 +1,225 @@
+"""What a row rule is, and the registry that finds one for an operation.
+
+A rule answers three questions about one node of the graph:
+
+    which dimension of each output is the row axis (and which the batch axis)?     ``axes``
+    which rows of its inputs do the output rows [a, b) need?                       ``needed``
+    how is the operation called on a slab?                                         ``run``
+
+    input map         0 . . lo ======== hi . . H         needed([a, b)) = [lo, hi)
+                             \\          /
+    output map          0 . . a ======= b . . H'         run(slab [lo, hi)) = slab [a, b)
+
+A `Reduction` consumes rows and yields a whole value: a partial result per row, merged, finished once (a barrier).
+
+A new operation is one function here in ``rules`` that is registered for its ATen overloads, and one line in its test
+table.  An operation without a rule runs whole.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrcnn_lightning.graph import Node, Ref, Value, references
+
+__all__ = [
+    "Axes",
+    "Factory",
+    "Interval",
+    "Operator",
+    "Reduction",
+    "RowRule",
+    "Scope",
+    "Tile",
+    "find_factory",
+    "register",
+    "registered",
+]
+
+
+class Interval(NamedTuple):
+    """Half-open rows ``[lo, hi)``, clipped to the map."""
+
+    lo: int
+    hi: int
+
+    @property
+    def length(self) -> int:
+        return self.hi - self.lo
+
+    @property
+    def empty(self) -> bool:
+        return self.hi <= self.lo
+
+    def union(self, other: Interval) -> Interval:
+        """The smallest interval that holds both; an empty one adds nothing."""
+        if self.empty:
+            return other
+        if other.empty:
+            return self
+        return Interval(min(self.lo, other.lo), max(self.hi, other.hi))
+
+
+NOTHING = Interval(0, 0)
+
+
+class Axes(NamedTuple):
+    """Dimensions of a value along which it is split; ``None`` where it is not. Both ``None``: a whole value."""
+
+    row: int | None = None
+    batch: int | None = None
+
+
+WHOLE = Axes()
+
+
+class Tile(NamedTuple):
+    """The part of an output that one call computes: its rows, and its samples of the batch."""
+
+    rows: Interval
+    batch: Interval
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operation of the package, where ATen has none that can be split (for example moments, apart from their use).
+
+    Calling it runs it on full tensors, differentiably.
+    """
+
+    name: str
+    function: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __str__(self) -> str:
+        return f"rowwise.{self.name}"
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a factory may ask about the values around its node."""
+
+    values: Sequence[Value]
+    axes: dict[int, Axes]
+    node: Node
+
+    def shape(self, ref: Any) -> tuple[int, ...]:
+        """The shape of a referenced value; ``()`` for a Python number."""
+        return self.values[ref.index].shape if isinstance(ref, Ref) else ()
+
+    def of(self, ref: Any) -> Axes:
+        """The axes of a referenced value; whole for a constant."""
+        return self.axes.get(ref.index, WHOLE) if isinstance(ref, Ref) else WHOLE
+
+    @property
+    def output(self) -> Value:
+        """The (first) output."""
+        return self.values[self.node.outputs[0]]
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument by position or by name."""
+        if len(self.node.args) > position:
+            return self.node.args[position]
+        return self.node.kwargs.get(name, default)
+
+    def row_inputs(self) -> list[Ref]:
+        """The inputs that have a row axis, in order."""
+        return [ref for ref in references((self.node.args, self.node.kwargs)) if self.of(ref).row is not None]
+
+    def only_first_has_rows(self) -> bool:
+        """Whether the first argument has a row axis and no other has one."""
+        rows = self.row_inputs()
+        return len(rows) == 1 and bool(self.node.args) and rows[0] == self.node.args[0]
+
+
+class RowRule(ABC):
+    """How one node is computed on rows; see the module's docstring."""
+
+    family: str = "pointwise"
+    axes: tuple[Axes, ...]
+
+    def needed(self, output: Interval) -> Interval:
+        """The rows that the output rows need, of every input that has a row axis."""
+        return output
+
+    @abstractmethod
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Any:
+        """Compute the slab of ``tile``; row inputs come as slabs of exactly ``needed(tile.rows)``."""
+
+    def hollow(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Any | None:
+        """A stand-in for the output whose values are never read, but whose gradient is that of the operation.
+
+        ``None`` where the backward formula needs the forward result, or where nothing is saved by leaving it out.
+        """
+        return None
+
+
+class Reduction(ABC):
+    """A row input reduced to whole values: a barrier. ``state`` is whatever `partial` returns."""
+
+    family: str = "reduction"
+    axes: tuple[Axes, ...]
+    keeps_batch: int | None = None
+    """Dimension of the outputs that is still the batch, or ``None`` where the batch is reduced too."""
+
+    @abstractmethod
+    def partial(self, slab: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """The contribution of one slab."""
+
+    @abstractmethod
+    def merge(self, first: tuple[Any, ...], second: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Two contributions as one."""
+
+    @abstractmethod
+    def finish(self, state: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """The outputs of the node, from the contribution of all rows."""
+
+    @abstractmethod
+    def inject(
+        self, slab: Tensor, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], args: tuple[Any, ...]
+    ) -> Tensor:
+        """The gradient of the slab, given the finished outputs and their gradients."""
+
+
+Factory = Callable[[Scope], "RowRule | Reduction | None"]
+
+_REGISTRY: dict[Any, tuple[str, Factory]] = {}
+
+
+def register(family: str, *operations: Any) -> Callable[[Factory], Factory]:
+    """Decorator: the factory makes the rule of these ATen overloads (or `Operator`s)."""
+
+    def add(factory: Factory) -> Factory:
+        for operation in operations:
+            if operation in _REGISTRY:
+                raise ValueError(f"{operation} already has a row rule")
+            _REGISTRY[operation] = (family, factory)
+        return factory
+
+    return add
+
+
+def registered() -> dict[Any, str]:
+    """Every operation with a rule of its own, and its family."""
+    return {operation: family for operation, (family, _) in _REGISTRY.items()}
+
+
+def find_factory(operation: Any) -> Factory | None:
+    """The factory for an operation. Every ATen overload tagged pointwise has the pointwise one."""
+    if operation in _REGISTRY:
+        return _REGISTRY[operation][1]
+    if isinstance(operation, torch._ops.OpOverload) and torch.Tag.pointwise in operation.tags:
+        if operation._schema.is_mutable or torch.Tag.nondeterministic_seeded in operation.tags:
+            return None
+        return _REGISTRY["pointwise"][1]
+    return None

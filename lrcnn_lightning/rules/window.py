@@ -1,0 +1,347 @@
+"""Window operations: convolution and pooling.
+
+Kernel k, dilation d, stride s, padding p, input height H; output rows [a, b) read
+
+    start = a*s - p                    stop = (b-1)*s - p + d*(k-1) + 1
+
+    padding |  0 . . . . . . . . . . . . . . . . H-1  | padding
+          start ========= [lo, hi) ============ stop           lo = max(0, start), hi = min(H, stop)
+
+What lies outside the map is padded explicitly, and only there: zeros for a convolution, minus infinity for max
+pooling, counted or not as ``count_include_pad`` says for average pooling.  The operation itself then runs without
+padding along the row axis and with its own padding along the other axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lrcnn_lightning.rules.hollow import hollow_convolution
+from lrcnn_lightning.rules.rule import Axes, Interval, RowRule, Scope, Tile, register
+
+__all__ = ["AveragePool", "Convolution", "MaxPool", "WindowGeometry", "pad_rows", "spatial_tuple"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class WindowGeometry:
+    """The row arithmetic of a window; all numbers are those of the row axis."""
+
+    kernel: int
+    stride: int
+    padding: int
+    dilation: int
+    height: int
+
+    def reach(self, output: Interval) -> Interval:
+        """``[start, stop)``: what the output rows read, padding included."""
+        start = output.lo * self.stride - self.padding
+        stop = (output.hi - 1) * self.stride - self.padding + self.dilation * (self.kernel - 1) + 1
+        return Interval(start, stop)
+
+    def needed(self, output: Interval) -> Interval:
+        """The rows of the map that are read; never empty, so that an output made of padding alone has an input."""
+        reach = self.reach(output)
+        lo = min(max(reach.lo, 0), self.height - 1)
+        return Interval(lo, min(max(reach.hi, lo + 1), self.height))
+
+    def missing(self, output: Interval) -> tuple[int, int]:
+        """Rows of padding to add above and below the needed rows; negative ones are cut off."""
+        reach, needed = self.reach(output), self.needed(output)
+        return needed.lo - reach.lo, reach.hi - needed.hi
+
+
+def pad_rows(slab: Tensor, axis: int, above: int, below: int, value: float = 0.0) -> Tensor:
+    """``slab`` with rows of ``value`` added along ``axis``; negative counts cut rows off."""
+    if above == 0 and below == 0:
+        return slab
+    if above <= 0 and below <= 0:
+        return slab.narrow(axis, -above, slab.shape[axis] + above + below)
+    widths = [0, 0] * (slab.dim() - axis - 1) + [above, below]
+    return functional.pad(slab, widths, value=value)
+
+
+def spatial_tuple(value: Any, dimensions: int) -> tuple[int, ...]:
+    """An ATen size argument (an int, one number, or one a dimension) as one number a dimension."""
+    if isinstance(value, int):
+        return (value,) * dimensions
+    numbers = tuple(value)
+    return numbers * dimensions if len(numbers) == 1 else numbers
+
+
+def _without(numbers: Sequence[int], position: int, value: int) -> list[int]:
+    """``numbers`` with one entry replaced."""
+    return [value if i == position else number for i, number in enumerate(numbers)]
+
+
+@dataclass(frozen=True)
+class Convolution(RowRule):
+    """``conv1d/2d/3d``: zeros outside the map."""
+
+    geometry: WindowGeometry
+    axis: int
+    position: int
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+    axes: tuple[Axes, ...]
+    family = "window"
+
+    def needed(self, output: Interval) -> Interval:
+        return self.geometry.needed(output)
+
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> tuple[Any, ...]:
+        slab, weight = args[0], args[1]
+        bias = args[2] if len(args) > 2 else kwargs.get("bias")
+        above, below = self.geometry.missing(tile.rows)
+        padding = [before for before, _ in self.padding]
+        symmetric = all(before == after for i, (before, after) in enumerate(self.padding) if i != self.position)
+        if symmetric and above == below and above >= 0:
+            padding[self.position] = above
+        else:
+            slab = pad_rows(slab, self.axis, above, below)
+            padding[self.position] = 0
+            if not symmetric:
+                for i, (before, after) in enumerate(self.padding):
+                    if i != self.position:
+                        slab = pad_rows(slab, self.axis - self.position + i, before, after)
+                        padding[i] = 0
+        return slab, weight, bias, list(self.stride), padding, list(self.dilation), self.groups
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor:
+        operation = (aten.conv1d, aten.conv2d, aten.conv3d)[len(self.stride) - 1].default
+        result: Tensor = operation(*self._prepare(args, kwargs, tile))
+        return result
+
+    def hollow(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor | None:
+        if args[0].dim() != len(self.stride) + 2:
+            return None
+        slab, weight, bias, stride, padding, dilation, groups = self._prepare(args, kwargs, tile)
+        return hollow_convolution(slab, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+
+
+@register("window", aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+@register("window", aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
+def convolution(scope: Scope) -> RowRule | None:
+    """``convNd(input, weight, bias, stride, padding, dilation, groups)``, padding in numbers or in words."""
+    if not scope.only_first_has_rows():
+        return None
+    kernel = scope.shape(scope.node.args[1])[2:]
+    dimensions = len(kernel)
+    shape = scope.shape(scope.node.args[0])
+    axes = scope.of(scope.node.args[0])
+    assert axes.row is not None
+    position = axes.row - (len(shape) - dimensions)
+    if position < 0:
+        return None
+    stride = spatial_tuple(scope.argument(3, "stride", 1), dimensions)
+    dilation = spatial_tuple(scope.argument(5, "dilation", 1), dimensions)
+    given = scope.argument(4, "padding", 0)
+    padding: tuple[tuple[int, int], ...]
+    if given == "valid":
+        padding = ((0, 0),) * dimensions
+    elif given == "same":
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        padding = tuple((total // 2, total - total // 2) for total in totals)
+    else:
+        padding = tuple((p, p) for p in spatial_tuple(given, dimensions))
+    geometry = WindowGeometry(
+        kernel[position], stride[position], padding[position][0], dilation[position], shape[axes.row]
+    )
+    out = Axes(axes.row, axes.batch if len(shape) == dimensions + 2 else None)
+    return Convolution(
+        geometry, axes.row, position, stride, padding, dilation, scope.argument(6, "groups", 1), (out,)
+    )
+
+
+@dataclass(frozen=True)
+class MaxPool(RowRule):
+    """``max_poolNd``, with or without indices: minus infinity outside the map."""
+
+    geometry: WindowGeometry
+    axis: int
+    position: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    ceil_mode: bool
+    shape: tuple[int, ...]
+    indices: bool
+    axes: tuple[Axes, ...]
+    family = "window"
+
+    def needed(self, output: Interval) -> Interval:
+        return self.geometry.needed(output)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Any:
+        above, below = self.geometry.missing(tile.rows)
+        slab = args[0]
+        lowest = float("-inf") if slab.is_floating_point() else torch.iinfo(slab.dtype).min
+        slab = pad_rows(slab, self.axis, above, below, lowest)
+        dimensions = len(self.kernel)
+        padding = _without(self.padding, self.position, 0)
+        call = (list(self.kernel), list(self.stride), padding, list(self.dilation), self.ceil_mode)
+        if not self.indices:
+            return (aten.max_pool1d, aten.max_pool2d, aten.max_pool3d)[dimensions - 1].default(slab, *call)
+        pool = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[dimensions - 1]
+        values, local = pool(slab, *call, return_indices=True)
+        return values, self._global_indices(local, slab, self.geometry.reach(tile.rows).lo)
+
+    def _global_indices(self, local: Tensor, slab: Tensor, start: int) -> Tensor:
+        """Flat positions within the padded slab -> flat positions within the map."""
+        sizes = list(slab.shape[-len(self.kernel) :])
+        full = list(self.shape[-len(self.kernel) :])
+        result, place = torch.zeros_like(local), 1
+        for i in reversed(range(len(sizes))):
+            coordinate = local % sizes[i]
+            local = local // sizes[i]
+            result = result + (coordinate + start if i == self.position else coordinate) * place
+            place *= full[i]
+        return result
+
+
+@register("window", aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
+@register("window", aten.max_pool1d_with_indices.default)
+@register("window", aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default)
+def max_pool(scope: Scope) -> RowRule | None:
+    """``max_poolNd(input, kernel, stride, padding, dilation, ceil_mode)``."""
+    name = scope.node.op._schema.name.split("::")[1]
+    pool = _pool(scope, int(name[8]), 5, scope.argument(4, "dilation", 1))
+    if pool is None:
+        return None
+    geometry, axes, position, kernel, stride, padding, dilation, ceil_mode = pool
+    assert axes.row is not None
+    indices = name.endswith("_with_indices")
+    shape = scope.shape(scope.node.args[0])
+    return MaxPool(
+        geometry,
+        axes.row,
+        position,
+        kernel,
+        stride,
+        padding,
+        dilation,
+        ceil_mode,
+        shape,
+        indices,
+        (axes,) * (2 if indices else 1),
+    )
+
+
+def _pool(scope: Scope, dimensions: int, ceil_position: int, dilation_argument: Any) -> Any:
+    """The common part of pooling: geometry, axes, the row axis's position, and the numbers of every axis."""
+    if not scope.only_first_has_rows():
+        return None
+    shape = scope.shape(scope.node.args[0])
+    axes = scope.of(scope.node.args[0])
+    assert axes.row is not None
+    position = axes.row - (len(shape) - dimensions)
+    if position < 0:
+        return None
+    kernel = spatial_tuple(scope.argument(1, "kernel_size"), dimensions)
+    given = scope.argument(2, "stride", None)
+    stride = spatial_tuple(given, dimensions) if given not in (None, [], ()) else kernel
+    padding = spatial_tuple(scope.argument(3, "padding", 0), dimensions)
+    dilation = spatial_tuple(dilation_argument, dimensions)
+    geometry = WindowGeometry(
+        kernel[position], stride[position], padding[position], dilation[position], shape[axes.row]
+    )
+    ceil_mode = bool(scope.argument(ceil_position, "ceil_mode", False))
+    return geometry, axes, position, kernel, stride, padding, dilation, ceil_mode
+
+
+@dataclass(frozen=True)
+class AveragePool(RowRule):
+    """``avg_poolNd``: windows at the border are divided by what they count."""
+
+    geometry: WindowGeometry
+    axis: int
+    position: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    ceil_mode: bool
+    include_padding: bool
+    divisor: int | None
+    shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    axes: tuple[Axes, ...]
+    family = "window"
+
+    def needed(self, output: Interval) -> Interval:
+        return self.geometry.needed(output)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor:
+        above, below = self.geometry.missing(tile.rows)
+        padding = _without(self.padding, self.position, 0)
+        if above == 0 and below == 0:
+            return self._pool(args[0], padding, self.include_padding, self.divisor)
+        # At the border: the plain sum of each window, over what each window counts.
+        slab = pad_rows(args[0], self.axis, above, below)
+        total = self._pool(slab, padding, True, 1)
+        if self.divisor is not None:
+            return total / self.divisor
+        counts: Tensor | None = None
+        dimensions = len(self.kernel)
+        for i in range(dimensions):
+            rows = tile.rows if i == self.position else Interval(0, self.out_shape[i - dimensions])
+            line = self._counts(i, rows).to(total)
+            line = line.view([-1] + [1] * (dimensions - 1 - i))
+            counts = line if counts is None else counts * line
+        assert counts is not None
+        return total / counts
+
+    def _counts(self, axis: int, rows: Interval) -> Tensor:
+        """How many positions along one axis the windows of these outputs count."""
+        size, pad = self.shape[axis - len(self.kernel)], self.padding[axis]
+        start = torch.arange(rows.lo, rows.hi) * self.stride[axis] - pad
+        stop = (start + self.kernel[axis]).clamp(max=size + pad)
+        if not self.include_padding:
+            start, stop = start.clamp(min=0), stop.clamp(max=size)
+        return stop - start
+
+    def _pool(self, slab: Tensor, padding: Sequence[int], include: bool, divisor: int | None) -> Tensor:
+        kernel, stride = list(self.kernel), list(self.stride)
+        if len(kernel) == 1:
+            # avg_pool1d takes no divisor: a map of width one is the same.
+            image = slab.unsqueeze(-1)
+            pooled = functional.avg_pool2d(
+                image, (kernel[0], 1), (stride[0], 1), (padding[0], 0), self.ceil_mode, include, divisor
+            )
+            return pooled.squeeze(-1)
+        pool = functional.avg_pool2d if len(kernel) == 2 else functional.avg_pool3d
+        return pool(slab, kernel, stride, tuple(padding), self.ceil_mode, include, divisor)
+
+
+@register("window", aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
+def average_pool(scope: Scope) -> RowRule | None:
+    """``avg_poolNd(input, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)``."""
+    dimensions = int(scope.node.op._schema.name.split("::")[1][8])
+    pool = _pool(scope, dimensions, 4, 1)
+    if pool is None:
+        return None
+    geometry, axes, position, kernel, stride, padding, _, ceil_mode = pool
+    assert axes.row is not None
+    return AveragePool(
+        geometry,
+        axes.row,
+        position,
+        kernel,
+        stride,
+        padding,
+        ceil_mode,
+        bool(scope.argument(5, "count_include_pad", True)),
+        scope.argument(6, "divisor_override", None),
+        scope.shape(scope.node.args[0]),
+        scope.output.shape,
+        (axes,),
+    )
