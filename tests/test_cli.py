@@ -168,7 +168,9 @@ def test_other_errors_pass_unchanged() -> None:
 
 
 def test_plain_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    summary = in_process(monkeypatch, tmp_path, *PLAIN, "logger=csv", "callbacks=default", "test=true")
+    summary = in_process(
+        monkeypatch, tmp_path, *PLAIN, "logger=csv", "callbacks=default", "test=true", "measure_steps=2"
+    )
     assert summary["strategy"] == "plain"
     assert summary["steps"] == 4
     assert 0 <= summary["value"] <= 1
@@ -181,6 +183,16 @@ def test_plain_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     assert (tmp_path / "output" / "checkpoints" / "last.ckpt").exists()
     assert (tmp_path / "output" / "csv" / "version_0" / "metrics.csv").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["output"]
+
+
+def test_measured_steps_have_the_precision_of_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    peaks = []
+    for precision in ("32-true", "64-true", "bf16-mixed"):
+        folder = tmp_path / precision
+        folder.mkdir()
+        summary = in_process(monkeypatch, folder, *PLAIN, f"trainer.precision={precision}", "trainer.max_steps=1")
+        peaks.append(summary["plain"]["peak_bytes"])
+    assert peaks[2] < peaks[0] < peaks[1]
 
 
 @pytest.mark.parametrize("mode", ["two_phase", "overlap", "auto"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lrcnn_lightning.cli.pages import PAPER, PagesDataModule, _digits, parse_size
+from lrcnn_lightning.cli.pages import PAPER, ClassRounds, PagesDataModule, _digits, parse_size
 from lrcnn_lightning.errors import ConfigError
 
 
@@ -115,6 +115,16 @@ def test_label_is_the_most_frequent_digit() -> None:
 def test_classes_are_equally_frequent() -> None:
     labels = [int(label) for _, label in quiet(classes=4).dataset("train")]
     assert [labels.count(label) for label in range(4)] == [5, 5, 5, 5]
+
+
+@pytest.mark.parametrize("pages", [3, 20, 27])
+def test_training_order_shows_each_class_once_a_round(pages: int) -> None:
+    order = list(ClassRounds(pages, classes=4))
+    assert sorted(order) == list(range(pages))
+    for start in range(0, pages - pages % 4, 4):
+        assert sorted(index % 4 for index in order[start : start + 4]) == [0, 1, 2, 3]
+    if pages > 3:
+        assert order != list(ClassRounds(pages, classes=4))
 
 
 def test_digits_that_do_not_fit_are_refused() -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -168,19 +168,19 @@ def summarise(
     rowwise: Measurement | None = None
     if measure_steps > 0 and hasattr(task, "loss"):
         device = trainer.strategy.root_device
-        batch = move_data_to_device(batch, device)
+        batch = trainer.precision_plugin.convert_input(move_data_to_device(batch, device))
         context = trainer.precision_plugin.forward_context
         if options is not None and plans:
             module = _training_copy(task, device)
             for name in plans:
                 lrcnn_lightning.rowwise(module.get_submodule(name), **options)
-            rowwise = measure(module, batch, measure_steps, context())
+            rowwise = measure(module, batch, measure_steps, context)
             del module
         estimate = sum(plan.plain_peak_bytes for plan in plans.values())
         if options is not None and estimate > _free_bytes(device) // 2:
             plain = Measurement(estimate, None, predicted=True)
         else:
-            plain = measure(_training_copy(task, device), batch, measure_steps, context())
+            plain = measure(_training_copy(task, device), batch, measure_steps, context)
     return Summary(
         strategy="plain" if options is None else str(options["mode"]),
         metric=metric,
@@ -193,20 +193,21 @@ def summarise(
     )
 
 
-def measure(module: Any, batch: Any, steps: int, context: AbstractContextManager[Any] | None = None) -> Measurement:
+def measure(
+    module: Any, batch: Any, steps: int, context: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> Measurement:
     """Measure a training step: once to warm up and plan, once for memory, then ``steps`` times for time.
 
     Args:
         module: has a method ``loss``, which maps ``batch`` to a tuple whose first item is the loss.
         batch: on the module's device.
         steps: steps that are timed, at least 1.
-        context: entered for each forward pass; sets the precision.
+        context: makes what is entered for each forward pass; sets the precision.
     """
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    forward_context = context or nullcontext()
 
     def step() -> None:
-        with forward_context:
+        with context():
             loss = module.loss(batch)[0]
         loss.backward()
 

@@ -1,4 +1,4 @@
-"""Executing a program: the prologue, then the segments, on the live parameters and buffers of a module."""
+"""Executing a plan: the prologue, then the segments, on the live parameters and buffers of a module."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_unflatten
 from lrcnn_lightning.engine.rows import run_node
 from lrcnn_lightning.engine.segment import SegmentCall, run_segment
 from lrcnn_lightning.graph import Graph, ValueKind, map_refs
-from lrcnn_lightning.plan.plan import Program
+from lrcnn_lightning.plan.plan import Plan
 
-__all__ = ["execute", "live_tensor"]
+__all__ = ["execute", "live_tensor", "requires_grad_leaves"]
 
 
 def live_tensor(module: nn.Module, name: str) -> Tensor:
@@ -39,14 +39,14 @@ def _given(graph: Graph, module: nn.Module, inputs: Sequence[Any]) -> dict[int, 
     return store
 
 
-def execute(program: Program, module: nn.Module, inputs: Sequence[Any]) -> Any:
-    """Run the program on the flat inputs of a call; returns what the module would return."""
-    graph = program.graph
+def execute(plan: Plan, module: nn.Module, inputs: Sequence[Any]) -> Any:
+    """Run the plan on the flat inputs of a call; returns what the module would return."""
+    graph = plan.graph
     store = _given(graph.graph, module, inputs)
-    for position in program.prologue:
+    for position in plan.prologue:
         node = graph.nodes[position]
         store.update(zip(node.outputs, run_node(node, store), strict=True))
-    for number, segment in enumerate(program.segments):
+    for number, segment in enumerate(plan.segments):
         if segment.plain:
             for position in segment.nodes:
                 node = graph.nodes[position]
@@ -56,7 +56,7 @@ def execute(program: Program, module: nn.Module, inputs: Sequence[Any]) -> Any:
             outputs = run_segment(call, [store[index] for index in segment.inputs])
             store.update(zip(segment.outputs, outputs, strict=True))
         for index in segment.inputs:
-            if program.last_reader.get(index) == number:
+            if plan.last_reader.get(index) == number:
                 store.pop(index, None)
     leaves = map_refs(list(graph.graph.outputs), lambda ref: store[ref.index])
     return tree_unflatten(leaves, graph.graph.output_spec)

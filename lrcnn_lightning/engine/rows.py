@@ -19,8 +19,9 @@ carry is handed up to row r-1, where it is added to the gradient of that tail:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,11 +129,10 @@ class RowLoop:
 
     def backward(self, run: BackwardPass, carries: Carries, gradients: Gradients) -> None:
         """Differentiate a pass and add to the gradients of its maps and wholes."""
-        leaves = {value: self.store[value].detach().requires_grad_() for value in run.wholes}
         for chunk, batch in reversed(list(enumerate(run.loop.chunks))):
             from_below: dict[int, Tensor] = {}
             for r in reversed(range(len(run.loop.rows))):
-                row = _BackwardRow(self.graph, self.store, run, run.loop.rows[r], batch, gradients, leaves)
+                row = _BackwardRow(self.graph, self.store, run, run.loop.rows[r], batch, gradients)
                 from_below = row.differentiate(carries.get((chunk, r - 1), {}), from_below)
 
 
@@ -192,7 +192,7 @@ class Slabs:
         self, graph: RowGraph, store: dict[int, Any], nodes: Collection[int], row: Row, batch: Interval
     ) -> None:
         self.graph, self.store, self.row, self.batch = graph, store, row, batch
-        self.leaves: dict[int, Tensor] = {}
+        self.wholes: dict[int, Tensor] = {}
         self._slabs: dict[int, tuple[Tensor, int]] = {}
         self._fresh: dict[int, Tensor] = {}
         self._waiting: dict[int, int] = {}
@@ -238,7 +238,7 @@ class Slabs:
             def argument(ref: Ref) -> Any:
                 if self.graph.is_map(ref.index):
                     return self.rows_of(ref.index, needed)
-                return self.leaves[ref.index] if ref.index in self.leaves else self.store[ref.index]
+                return self.wholes[ref.index] if ref.index in self.wholes else self.store[ref.index]
 
             args, kwargs = map_refs(node.args, argument), map_refs(node.kwargs, argument)
             tile = Tile(span.computed, self.batch)
@@ -282,6 +282,23 @@ def _call(rule: RowRule, args: Any, kwargs: Any, tile: Tile, hollow: bool) -> An
     return rule.run(args, kwargs, tile)
 
 
+class _Tap(torch.autograd.Function):
+    """The identity, where a gradient leaves autograd for the place where it is summed.
+
+    Collected by ``autograd.grad`` instead, the weight gradients of all layers of a row would exist at once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, origin: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
+        ctx.receive = receive
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        ctx.receive(gradient)
+        return None, None, None
+
+
 class _BackwardRow:
     """One row of a backward pass: recomputed, differentiated, dropped."""
 
@@ -293,10 +310,10 @@ class _BackwardRow:
         row: Row,
         batch: Interval,
         gradients: Gradients,
-        leaves: dict[int, Tensor],
     ) -> None:
         self.graph, self.store, self.run, self.row, self.batch = graph, store, run, row, batch
-        self.gradients, self.leaves = gradients, leaves
+        self.gradients = gradients
+        self.origin = torch.zeros((), requires_grad=True)
         self.injections: dict[int, list[int]] = {}
         for position in run.injections:
             self.injections.setdefault(graph.nodes[position].inputs[0], []).append(position)
@@ -306,41 +323,34 @@ class _BackwardRow:
     def differentiate(self, carried: dict[int, Tensor], from_below: dict[int, Tensor]) -> dict[int, Tensor]:
         """Add to the gradients; returns those of this row's carries, for the row above."""
         graph, run = self.graph, self.run
-        carry_leaves = {
-            value: carry.detach().requires_grad_(
-                graph.producer[value] in run.differentiated and _is_differentiable(carry)
-            )
-            for value, carry in carried.items()
-            if graph.producer[value] in run.loop.carried
-        }
-        sources = self._source_leaves()
-        self._recompute(sources, carry_leaves, from_below)
+        handed_up: dict[int, Tensor] = {}
+        carries: dict[int, Tensor] = {}
+        for value, carry in carried.items():
+            if graph.producer[value] in run.loop.carried:
+                wanted = graph.producer[value] in run.differentiated and _is_differentiable(carry)
+                carries[value] = self._tap(carry, partial(handed_up.__setitem__, value)) if wanted else carry
+        self._recompute(self._source_taps(), carries, from_below)
         self._inject_into_sources()
-        carry_leaves = {value: leaf for value, leaf in carry_leaves.items() if leaf.requires_grad}
-        wanted = [*sources.values(), *carry_leaves.values(), *self.leaves.values()]
-        if not self.roots or not wanted:
-            return {}
-        found = iter(torch.autograd.grad(self.roots, wanted, self.seeds, allow_unused=True))
-        for value in sources:
-            gradient = next(found)
-            if gradient is not None:
-                self.gradients.add_tile(value, gradient, Tile(self.row.reads[value], self.batch))
-        handed_up = {value: gradient for value, gradient in zip(carry_leaves, found) if gradient is not None}  # noqa: B905
-        for value in self.leaves:
-            gradient = next(found)
-            if gradient is not None:
-                self.gradients.add(value, gradient)
+        if self.roots:
+            torch.autograd.grad(self.roots, [self.origin], self.seeds, allow_unused=True)
         return handed_up
 
-    def _source_leaves(self) -> dict[int, Tensor]:
-        """The slabs of the source maps whose gradient is wanted, as leaves of autograd."""
-        leaves = {}
+    def _tap(self, tensor: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
+        """The tensor, such that its gradient is given to ``receive`` the moment autograd has it, and then dropped."""
+        with torch.enable_grad():
+            result: Tensor = _Tap.apply(tensor.detach(), self.origin, receive)  # type: ignore[no-untyped-call]
+        return result
+
+    def _source_taps(self) -> dict[int, Tensor]:
+        """The slabs of the source maps whose gradient is wanted."""
+        taps = {}
         for value in self.run.maps:
             interval = self.row.reads.get(value)
             if interval is not None and not interval.empty:
-                slab = cut(self.store[value], self.graph.axes[value], Tile(interval, self.batch))
-                leaves[value] = slab.detach().requires_grad_()
-        return leaves
+                tile = Tile(interval, self.batch)
+                slab = cut(self.store[value], self.graph.axes[value], tile)
+                taps[value] = self._tap(slab, partial(self.gradients.add_tile, value, tile=tile))
+        return taps
 
     def _recompute(
         self, sources: dict[int, Tensor], carried: dict[int, Tensor], from_below: dict[int, Tensor]
@@ -348,7 +358,8 @@ class _BackwardRow:
         """Compute the row again and note where gradients enter it. Slabs live on only where autograd saved them."""
         run = self.run
         slabs = Slabs(self.graph, self.store, run.nodes, self.row, self.batch)
-        slabs.leaves.update(self.leaves)
+        for value in run.wholes:
+            slabs.wholes[value] = self._tap(self.store[value], partial(self.gradients.add, value))
         for value, leaf in sources.items():
             slabs.put(value, leaf, self.row.reads[value].lo)
         for position in run.nodes:

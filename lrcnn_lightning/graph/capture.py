@@ -39,7 +39,6 @@ def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
     """
     if any(isinstance(child, torch.jit.ScriptModule) for child in module.modules()):
         raise CaptureError("it contains a TorchScript module, which has no Python code to trace")
-    example_args, example_kwargs = tree_map_only(torch.Tensor, _example, (tuple(args), dict(kwargs or {})))
     devices = [t.device for t in tree_flatten((args, kwargs or {}))[0] if isinstance(t, torch.Tensor) and t.is_cuda]
     try:
         with (
@@ -49,6 +48,7 @@ def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False) if devices else torch.autocast("cpu", enabled=False),
         ):
+            example_args, example_kwargs = tree_map_only(torch.Tensor, _example, (tuple(args), dict(kwargs or {})))
             program = torch.export.export(module, example_args, example_kwargs, strict=False)
     except torch.OutOfMemoryError:
         raise
@@ -60,6 +60,8 @@ def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
 
 def _example(tensor: torch.Tensor) -> torch.Tensor:
     """A stand-in with the metadata of ``tensor`` and no history (the trace reads shapes only)."""
+    if tensor.is_inference():  # the trace refuses these; only their metadata matters
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 

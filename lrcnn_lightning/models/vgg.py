@@ -7,6 +7,7 @@ holds nine tenths of all weights, neither of which suits large images.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -83,22 +84,27 @@ class VGG(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise so that the signal keeps its size on the way forward.
+        """Initialise so that the signal keeps its size on the way forward, and so that the network starts to learn.
 
-        The mode is ``fan_in``: without BatchNorm, ``fan_out`` would shrink the signal at every doubling of the
-        channels, and a narrow network would hardly start to learn.
+        With BatchNorm that is He's rule.  Without, He's rule keeps the size of the activations but not of their
+        differences: all are positive, each layer's sums are dominated by their mean, and after thirteen layers one
+        image looks like another.  So every filter is centred, which removes the mean, and scaled by the gain for what
+        is left: the variance of a rectified standard normal is (1 - 1/pi) / 2 (Brock et al., 2021, section 4).
         """
+        normalised = any(isinstance(module, nn.BatchNorm2d) for module in self.modules())
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+                if normalised:
+                    nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+                else:
+                    _centred_normal_(module.weight, gain=math.sqrt(2 / (1 - 1 / math.pi)))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.BatchNorm2d):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.01)
-                nn.init.zeros_(module.bias)
+                module.reset_parameters()
 
     def forward(self, images: Tensor) -> Tensor:
         """Score images.
@@ -112,6 +118,14 @@ class VGG(nn.Module):
         features = self.avgpool(self.features(images))
         scores: Tensor = self.classifier(torch.flatten(features, 1))
         return scores
+
+
+@torch.no_grad()
+def _centred_normal_(weight: Tensor, *, gain: float) -> None:
+    """Fill ``out in/groups kH kW`` with normal numbers of which each filter has mean zero."""
+    nn.init.normal_(weight)
+    weight -= weight.mean(dim=(1, 2, 3), keepdim=True)
+    weight *= gain / math.sqrt(weight[0].numel())
 
 
 def vgg16(

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
+from lrcnn_lightning.plan.cost import Cost, plain_cost, program_cost
 from lrcnn_lightning.plan.keeping import choose_residencies
-from lrcnn_lightning.plan.program import ProgramBuilder, SegmentProgram
+from lrcnn_lightning.plan.loop import Loop
+from lrcnn_lightning.plan.program import ProgramBuilder, RunRows, SegmentProgram
 from lrcnn_lightning.plan.residency import Residencies
 from lrcnn_lightning.plan.segments import differentiable_values, segment_borders, stretches
 from lrcnn_lightning.rules import Interval, Role, RowGraph, RowRule
 
-__all__ = ["Choices", "Program", "build_program", "carried_nodes"]
+__all__ = ["Choices", "Plan", "build_plan", "carried_nodes", "plain_plan"]
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,12 @@ class Choices:
     keep_narrow: bool = True
 
 
-@dataclass(frozen=True)
-class Program:
-    """Segments in order, ready to be executed."""
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Segments in order, ready to be executed, and what they are predicted to cost.
+
+    ``mode`` is ``"two_phase"``, ``"overlap"`` or ``"plain"`` (the module's own forward, which needs no rows).
+    """
 
     graph: RowGraph
     choices: Choices
@@ -40,6 +46,10 @@ class Program:
     differentiable: frozenset[int]
     training: bool
     prologue: tuple[int, ...] = field(default=())
+
+    @property
+    def mode(self) -> str:
+        return self.choices.mode
 
     @cached_property
     def last_reader(self) -> dict[int, int]:
@@ -51,6 +61,53 @@ class Program:
         for index in self.graph.graph.output_values():
             last.pop(index, None)
         return last
+
+    @cached_property
+    def cost(self) -> Cost:
+        """Predicted cost of one step."""
+        if self.mode == "plain":
+            return self.plain_cost
+        return program_cost(self.graph, self.segments, self.differentiable, self.last_reader)
+
+    @cached_property
+    def plain_cost(self) -> Cost:
+        """Predicted cost of one step of plain PyTorch."""
+        return plain_cost(self.graph, self.differentiable)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted peak of activation memory, in bytes."""
+        return self.cost.peak_bytes
+
+    @property
+    def plain_peak_bytes(self) -> int:
+        """Predicted peak of activation memory of plain PyTorch, in bytes."""
+        return self.plain_cost.peak_bytes
+
+    @property
+    def overhead(self) -> float:
+        """Predicted work over plain work, less one."""
+        return self.cost.seconds / self.plain_cost.seconds - 1
+
+    @property
+    def rows(self) -> int:
+        """The largest number of rows of any stage."""
+        return max((len(loop.rows) for loop in self.loops()), default=1)
+
+    def loops(self) -> list[Loop]:
+        """The forward loops, in order."""
+        return [step.loop for s in self.segments for step in s.forward if isinstance(step, RunRows)]
+
+    def __str__(self) -> str:
+        from lrcnn_lightning.plan.report import report
+
+        return report(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data (JSON): choices, predictions, segments with their residencies and schedule."""
+        from lrcnn_lightning.plan.report import as_data
+
+        return as_data(self)
 
 
 def carried_nodes(graph: RowGraph, mode: str) -> frozenset[int]:
@@ -69,7 +126,7 @@ def carried_nodes(graph: RowGraph, mode: str) -> frozenset[int]:
     return frozenset(carried)
 
 
-def build_program(graph: RowGraph, leaves: Collection[int], training: bool, choices: Choices) -> Program:
+def build_plan(graph: RowGraph, leaves: Collection[int], training: bool, choices: Choices) -> Plan:
     """Segments, residencies and row intervals for some choices.
 
     ``leaves`` are the inputs and parameters that require a gradient; without ``training`` there is no backward pass.
@@ -106,7 +163,13 @@ def build_program(graph: RowGraph, leaves: Collection[int], training: bool, choi
         )
         segments.append(builder.build(training=kind == "rows"))
     prologue = tuple(p for p in range(len(graph.nodes)) if graph.roles[p] is Role.PROLOGUE)
-    return Program(graph, choices, tuple(segments), frozenset(differentiable), training, prologue)
+    return Plan(graph, choices, tuple(segments), frozenset(differentiable), training, prologue)
+
+
+def plain_plan(graph: RowGraph, leaves: Collection[int], training: bool) -> Plan:
+    """The plan that leaves the module as it is."""
+    differentiable = differentiable_values(graph, leaves) if training else set()
+    return Plan(graph, Choices("plain", 1, 1, 1), (), frozenset(differentiable), training)
 
 
 def _chunks(graph: RowGraph, count: int) -> list[Interval]:

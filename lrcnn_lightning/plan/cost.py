@@ -1,0 +1,567 @@
+"""What a plan costs: the peak of its activation memory, and its work, without running it.
+
+Memory is simulated allocation by allocation, in the order of the schedule: slabs made and dropped, full maps, carries,
+what autograd saves for each recomputed operation, gradient maps, the gradients of parameters while they are summed.
+Work is time on a nominal machine: floating-point operations, bytes moved, and a fixed price an operation call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lrcnn_lightning.plan.halos import Span
+from lrcnn_lightning.plan.loop import BackwardPass, Loop
+from lrcnn_lightning.plan.program import (
+    BackwardRows,
+    BackwardWhole,
+    DropCarries,
+    Effect,
+    Free,
+    FreeGradient,
+    RunRows,
+    RunWhole,
+    SegmentProgram,
+    Sweep,
+)
+from lrcnn_lightning.rules import Role, RowGraph, RowRule
+
+__all__ = ["Cost", "Machine", "Memory", "plain_cost", "program_cost"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Nominal speeds. Only their ratios matter, since work is compared with plain work."""
+
+    operations_a_second: float = 60e9
+    bytes_a_second: float = 8e9
+    seconds_a_call: float = 12e-6
+
+
+@dataclass(frozen=True)
+class Cost:
+    """``peak_bytes`` of activation memory, and ``seconds`` of nominal time, of one training step."""
+
+    peak_bytes: int
+    seconds: float
+
+
+class Memory:
+    """Live bytes by key, and their peak."""
+
+    def __init__(self) -> None:
+        self.live = 0
+        self.peak = 0
+        self._sizes: dict[Any, int] = {}
+
+    def allocate(self, key: Any, size: float) -> None:
+        """A tensor under a key that is not in use; under one in use, nothing happens."""
+        if key in self._sizes:
+            return
+        self._sizes[key] = int(size)
+        self.live += int(size)
+        self.peak = max(self.peak, self.live)
+
+    def free(self, key: Any) -> None:
+        """Drop it, if it is there."""
+        self.live -= self._sizes.pop(key, 0)
+
+    def free_all(self, prefix: Any) -> None:
+        """Drop every key that starts with ``prefix``."""
+        for key in [k for k in self._sizes if isinstance(k, tuple) and k[0] == prefix]:
+            self.free(key)
+
+    def touch(self, size: float) -> None:
+        """A tensor that lives for an instant."""
+        self.peak = max(self.peak, self.live + int(size))
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._sizes
+
+
+# What autograd saves, by operation: inputs, the result, both, or neither. Anything else: the inputs.
+_SAVES_RESULT = {
+    aten.relu.default,
+    aten.sigmoid.default,
+    aten.tanh.default,
+    aten.exp.default,
+    aten.sqrt.default,
+    aten.rsqrt.default,
+    aten.softmax.int,
+    aten.log_softmax.int,
+    aten.reciprocal.default,
+}
+_SAVES_NOTHING = {
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.cat.default,
+    aten.stack.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.flatten.using_ints,
+    aten.unsqueeze.default,
+    aten.slice.Tensor,
+    aten.split.Tensor,
+    aten.chunk.default,
+    aten.split_with_sizes.default,
+    aten.pad.default,
+    aten.constant_pad_nd.default,
+    aten.expand.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.to.dtype,
+    aten.avg_pool2d.default,
+    aten.neg.default,
+    aten.add.Scalar,
+    aten.div.Scalar,
+    aten.mul.Scalar,
+    aten.pixel_shuffle.default,
+    aten.pixel_unshuffle.default,
+}
+_VIEWS = {
+    aten.view.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.slice.Tensor,
+    aten.split.Tensor,
+    aten.chunk.default,
+    aten.split_with_sizes.default,
+    aten.expand.default,
+    aten.select.int,
+    aten.flatten.using_ints,
+    aten.reshape.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.contiguous.default,
+    aten.dropout.default,
+}
+
+
+class _Model:
+    """Sizes and work of the nodes of a graph."""
+
+    def __init__(self, graph: RowGraph, machine: Machine) -> None:
+        self.graph, self.machine = graph, machine
+
+    def bytes_of(self, value: int, rows: int, samples: int) -> float:
+        """Bytes of a slab."""
+        info = self.graph.values[value]
+        size = float(info.bytes)
+        if self.graph.height(value):
+            size *= rows / self.graph.height(value)
+        if self.graph.samples(value):
+            size *= samples / self.graph.samples(value)
+        return size
+
+    def operations(self, position: int) -> float:
+        """Multiplications and additions of a node on full maps, forward."""
+        node = self.graph.nodes[position]
+        name = str(node.op)
+        out = self.graph.values[node.outputs[0]] if node.outputs else None
+        if out is None:
+            return 0.0
+        if "conv" in name and len(node.inputs) > 1:
+            weight = self.graph.values[node.args[1].index]
+            per_output = weight.elements / max(weight.shape[0], 1)
+            if "transpose" in name:
+                source = self.graph.values[node.args[0].index]
+                return 2.0 * source.elements * weight.elements / weight.shape[0]
+            return 2.0 * out.elements * per_output
+        if "linear" in name or "matmul" in name:
+            return 2.0 * out.elements * self.graph.values[node.args[0].index].shape[-1]
+        return float(out.elements)
+
+    def moved(self, position: int) -> float:
+        """Bytes read and written by a node on full maps."""
+        node = self.graph.nodes[position]
+        if node.op in _VIEWS:
+            return 0.0
+        return float(sum(self.graph.values[i].bytes for i in (*node.inputs, *node.outputs)))
+
+    def seconds(self, position: int, share: float, times: float = 1.0) -> float:
+        """Time of a node on a share of its map."""
+        machine = self.machine
+        arithmetic = self.operations(position) / machine.operations_a_second
+        traffic = self.moved(position) / machine.bytes_a_second
+        return times * share * max(arithmetic, traffic) + machine.seconds_a_call
+
+    def saved(self, position: int) -> tuple[bool, bool]:
+        """Whether autograd saves the inputs, and the result, of a node."""
+        operation = self.graph.nodes[position].op
+        if operation in _SAVES_RESULT:
+            return False, True
+        return operation not in _SAVES_NOTHING, False
+
+    def extra_saved(self, position: int, rows: int, samples: int) -> float:
+        """Bytes saved beside inputs and result: the indices of maximum pooling."""
+        node = self.graph.nodes[position]
+        if "max_pool" in str(node.op):
+            info = self.graph.values[node.outputs[0]]
+            return self.bytes_of(node.outputs[0], rows, samples) / info.dtype.itemsize * 8
+        return 0.0
+
+
+class _Simulation:
+    """Walks a program's schedule."""
+
+    def __init__(self, graph: RowGraph, differentiable: Collection[int], machine: Machine) -> None:
+        self.graph, self.differentiable = graph, differentiable
+        self.model = _Model(graph, machine)
+        self.memory = Memory()
+        self.seconds = 0.0
+
+    def _share(self, value: int, rows: int, samples: int) -> float:
+        height, batch = self.graph.height(value), self.graph.samples(value)
+        return (rows / height if height else 1.0) * (samples / batch if batch else 1.0)
+
+    # ---------------------------------------------------------------- forward
+
+    def forward(self, segment: SegmentProgram) -> None:
+        for step in segment.forward:
+            if isinstance(step, RunRows):
+                self.rows(step.loop, step.kept_carries, stored=True)
+            elif isinstance(step, (RunWhole, Effect)):
+                self._whole(step.node)
+            elif isinstance(step, Free):
+                self.memory.free(("map", step.value))
+
+    def _whole(self, position: int) -> None:
+        for output in self.graph.nodes[position].outputs:
+            self.memory.allocate(("map", output), self.graph.values[output].bytes)
+        self.seconds += self.model.seconds(position, 1.0)
+
+    def rows(self, loop: Loop, kept_carries: Collection[int], stored: bool) -> None:
+        """The forward pass of a loop."""
+        graph, memory = self.graph, self.memory
+        for chunk, batch in enumerate(loop.chunks):
+            samples = batch.length
+            for r, row in enumerate(loop.rows):
+                waiting = _waiting(graph, loop.nodes)
+                following = loop.rows[r + 1] if r + 1 < len(loop.rows) else None
+                for position in loop.nodes:
+                    node, span = graph.nodes[position], row.spans[position]
+                    self._make(position, span, samples)
+                    for value in node.outputs:
+                        if following is not None:
+                            after = following.spans[position]
+                            if after.lo < after.new:
+                                key = ("keep" if position in kept_carries else "carry", loop.name, chunk, r, value)
+                                memory.allocate(key, self.model.bytes_of(value, after.new - after.lo, samples))
+                        if stored and value in loop.stored:
+                            full = graph.values[value].bytes
+                            if len(loop.rows) * len(loop.chunks) > 1 or ("slab", value) not in memory:
+                                memory.allocate(("map", value), full)
+                            else:
+                                memory.free(("slab", value))
+                                memory.allocate(("map", value), full)
+                    for value in (*node.inputs, *node.outputs):
+                        if value in node.inputs:
+                            waiting[value] -= node.inputs.count(value)
+                        if not waiting.get(value):
+                            memory.free(("slab", value))
+                            memory.free(("fresh", value))
+                for value in [v for v in waiting if v in graph.producer]:
+                    memory.free(("slab", value))
+                    memory.free(("fresh", value))
+                self._drop_carries(loop, chunk, r - 1, graph)
+            self._drop_carries(loop, chunk, len(loop.rows) - 1, graph)
+        for position in loop.reductions:
+            for output in graph.nodes[position].outputs:
+                memory.allocate(("map", output), graph.values[output].bytes)
+            self.seconds += self.model.seconds(position, 1.0)
+
+    def _drop_carries(self, loop: Loop, chunk: int, r: int, graph: RowGraph) -> None:
+        for position in loop.nodes:
+            for value in graph.nodes[position].outputs:
+                self.memory.free(("carry", loop.name, chunk, r, value))
+
+    def _make(self, position: int, span: Span, samples: int, hollow: bool = False) -> None:
+        """Allocate what a node makes on one row."""
+        graph, memory, model = self.graph, self.memory, self.model
+        node = graph.nodes[position]
+        if span.computed.empty or hollow:
+            return
+        rule = graph.rules[position]
+        assert isinstance(rule, RowRule)
+        for value in node.outputs:
+            view = node.op in _VIEWS
+            has_carry = span.lo < span.new
+            size = 0.0 if view else model.bytes_of(value, span.computed.length, samples)
+            memory.allocate(("fresh" if has_carry else "slab", value), size)
+            if has_carry:
+                memory.allocate(("slab", value), model.bytes_of(value, span.hi - span.lo, samples))
+        padded = getattr(rule, "geometry", None)
+        if padded is not None:
+            above, below = padded.missing(span.computed)
+            if above != below:
+                rows = padded.needed(span.computed).length + above + below
+                memory.touch(model.bytes_of(node.inputs[0], rows, samples))
+        self.seconds += model.seconds(position, self._share(node.outputs[0], span.computed.length, samples))
+
+    # --------------------------------------------------------------- backward
+
+    def backward(self, segment: SegmentProgram) -> None:
+        memory, graph = self.memory, self.graph
+        for step in segment.backward:
+            if isinstance(step, BackwardRows):
+                self._pass(step.run)
+            elif isinstance(step, RunRows):
+                self.rows(step.loop, (), stored=True)
+            elif isinstance(step, Sweep):
+                self.rows(step.loop, step.loop.carried, stored=False)
+            elif isinstance(step, BackwardWhole):
+                self._backward_whole(step.node)
+            elif isinstance(step, Free):
+                if step.value not in segment.kept and step.value not in segment.outputs:
+                    memory.free(("map", step.value))
+            elif isinstance(step, FreeGradient):
+                if step.value not in segment.outputs:
+                    memory.free(("gradient", step.value))
+            elif isinstance(step, DropCarries) and step.loop.split(".")[1].startswith("b"):
+                self._free_kept(step.loop)
+        for index in (*segment.kept, *segment.outputs):
+            memory.free(("map", index))
+            if index in segment.outputs:
+                memory.free(("gradient", index))
+        self._free_kept(segment.name)
+        del graph
+
+    def _free_kept(self, name: str) -> None:
+        for key in [k for k in self.memory._sizes if k[0] == "keep" and (k[1] == name or k[1].split(".")[0] == name)]:
+            self.memory.free(key)
+
+    def _backward_whole(self, position: int) -> None:
+        node = self.graph.nodes[position]
+        size = sum(self.graph.values[o].bytes for o in node.outputs)
+        self.memory.touch(size)
+        for index in node.inputs:
+            if index in self.differentiable:
+                self.memory.allocate(("gradient", index), self.graph.values[index].bytes)
+        self.seconds += self.model.seconds(position, 1.0, 3.0)
+
+    def _pass(self, run: BackwardPass) -> None:
+        for chunk in range(len(run.loop.chunks)):
+            handed: dict[int, float] = {}
+            for r in reversed(range(len(run.loop.rows))):
+                handed = self._backward_row(run, chunk, r, handed)
+            for value in handed:
+                self.memory.free(("handed", value))
+        for value in run.wholes:
+            self.memory.allocate(("gradient", value), self.graph.values[value].bytes)
+
+    def _backward_row(self, run: BackwardPass, chunk: int, r: int, handed: dict[int, float]) -> dict[int, float]:
+        graph, memory, model = self.graph, self.memory, self.model
+        loop, row = run.loop, run.loop.rows[r]
+        samples = loop.chunks[chunk].length
+        waiting = _waiting(graph, run.nodes)
+        injected = {graph.nodes[p].inputs[0] for p in run.injections}
+        holders: dict[int, int] = {}  # slab -> how many differentiated nodes saved it
+
+        def hold(value: int) -> None:
+            holders[value] = holders.get(value, 0) + 1
+
+        saved_by: dict[int, list[int]] = {}
+        for position in run.nodes:
+            node, span = graph.nodes[position], row.spans[position]
+            hollow = position in run.hollow
+            self._make(position, span, samples, hollow)
+            if position in run.differentiated and not span.computed.empty:
+                saves_inputs, saves_result = model.saved(position)
+                saved = [i for i in node.inputs if graph.is_map(i)] if saves_inputs else []
+                saved += list(node.outputs) if saves_result and not hollow else []
+                for value in saved:
+                    hold(value)
+                saved_by[position] = saved
+                extra = model.extra_saved(position, span.computed.length, samples)
+                if extra:
+                    memory.allocate(("extra", position), extra)
+                for value in node.outputs:
+                    if value in injected and not row.owned[value].empty:
+                        size = model.bytes_of(value, row.owned[value].length, samples)
+                        memory.allocate(("seed", value), size)
+            for value in (*node.inputs, *node.outputs):
+                if value in node.inputs:
+                    waiting[value] -= 1
+                if not waiting.get(value):
+                    if not holders.get(value):
+                        memory.free(("slab", value))
+                    memory.free(("fresh", value))
+        # The engine walks back: gradients of results come, those of inputs are made, what was saved is dropped.
+        alive: dict[int, float] = {}
+        for position in reversed(run.nodes):
+            if position not in run.differentiated:
+                continue
+            node, span = graph.nodes[position], row.spans[position]
+            if span.computed.empty:
+                continue
+            rule = graph.rules[position]
+            assert isinstance(rule, RowRule)
+            needed = rule.needed(span.computed)
+            for value in node.outputs:
+                memory.free(("handed", value))
+            weights = [
+                i for i in node.inputs if not graph.is_map(i) and i in run.wholes and graph.values[i].elements > 4096
+            ]
+            times = 0.0
+            for index in weights:
+                memory.allocate(("weights", index), graph.values[index].bytes)
+                times += 1
+            for index in node.inputs:
+                if not graph.is_map(index) or index not in self.differentiable:
+                    continue
+                producer = graph.producer.get(index)
+                if index not in run.maps and producer not in run.differentiated:
+                    continue
+                size = model.bytes_of(index, needed.length, samples)
+                if node.op in _VIEWS or node.op in (aten.add.Tensor, aten.cat.default):
+                    size = 0.0 if node.op is not aten.cat.default else size
+                key = ("slab gradient", index)
+                if key in memory:
+                    memory.touch(size)
+                memory.allocate(key, size)
+                alive[index] = size
+                times += 1
+            for value in node.outputs:
+                memory.free(("slab gradient", value))
+                memory.free(("seed", value))
+            for value in saved_by.get(position, []):
+                holders[value] -= 1
+                if not holders[value]:
+                    memory.free(("slab", value))
+            memory.free(("extra", position))
+            share = self._share(node.outputs[0], span.computed.length, samples)
+            self.seconds += model.seconds(position, share, max(times, 1.0))
+        result: dict[int, float] = {}
+        for position in run.nodes:
+            span = row.spans[position]
+            if position in run.differentiated and span.lo < span.new:
+                for value in graph.nodes[position].outputs:
+                    size = model.bytes_of(value, span.new - span.lo, samples)
+                    memory.allocate(("handed", value), size)
+                    result[value] = size
+        for index in run.maps:
+            memory.allocate(("gradient", index), graph.values[index].bytes)
+        for index in run.wholes:
+            if graph.values[index].elements > 4096:
+                memory.free(("weights", index))
+                memory.allocate(("gradient", index), graph.values[index].bytes)
+        memory.free_all("slab gradient")
+        memory.free_all("slab")
+        memory.free_all("fresh")
+        memory.free_all("seed")
+        return result
+
+
+def _waiting(graph: RowGraph, nodes: Sequence[int]) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    for position in nodes:
+        for value in graph.nodes[position].inputs:
+            counts[value] = counts.get(value, 0) + 1
+    return counts
+
+
+def _is_gradient_of_parameter(graph: RowGraph, index: int) -> bool:
+    return graph.values[index].kind.value in ("parameter", "buffer")
+
+
+def program_cost(
+    graph: RowGraph,
+    segments: Sequence[SegmentProgram],
+    differentiable: Collection[int],
+    last_reader: dict[int, int],
+    machine: Machine = Machine(),  # noqa: B008
+) -> Cost:
+    """The cost of one step of a program."""
+    simulation = _Simulation(graph, differentiable, machine)
+    memory = simulation.memory
+    for number, segment in enumerate(segments):
+        if segment.plain:
+            for position in segment.nodes:
+                simulation._whole(position)
+        else:
+            simulation.forward(segment)
+        if not differentiable:
+            for index in segment.inputs:
+                if last_reader.get(index) == number:
+                    memory.free(("map", index))
+    if differentiable:
+        for segment in reversed(segments):
+            if segment.plain:
+                for position in reversed(segment.nodes):
+                    simulation._backward_whole(position)
+                    for output in graph.nodes[position].outputs:
+                        memory.free(("map", output))
+                        memory.free(("gradient", output))
+            else:
+                simulation.backward(segment)
+            for index in segment.inputs:
+                if _is_gradient_of_parameter(graph, index):
+                    memory.free(("gradient", index))
+    return Cost(memory.peak, simulation.seconds)
+
+
+def plain_cost(graph: RowGraph, differentiable: Collection[int], machine: Machine = Machine()) -> Cost:  # noqa: B008
+    """The cost of one step of plain, column-centric execution: what autograd saves stays until it is used."""
+    model = _Model(graph, machine)
+    memory = Memory()
+    seconds = 0.0
+    holders: dict[int, int] = {}
+    saved_by: dict[int, list[int]] = {}
+    returned = set(graph.graph.output_values())
+    waiting = {value: len(readers) for value, readers in graph.readers.items()}
+    rest = [p for p in range(len(graph.nodes)) if graph.roles[p] is not Role.PROLOGUE]
+    for position in rest:
+        node = graph.nodes[position]
+        for value in node.outputs:
+            memory.allocate(value, 0 if node.op in _VIEWS else graph.values[value].bytes)
+        seconds += model.seconds(position, 1.0)
+        if any(o in differentiable for o in node.outputs):
+            inputs, result = model.saved(position)
+            saved = [i for i in node.inputs if i in graph.producer] if inputs else []
+            saved += list(node.outputs) if result else []
+            saved_by[position] = saved
+            for value in saved:
+                holders[value] = holders.get(value, 0) + 1
+            samples = graph.samples(node.outputs[0]) or 1
+            extra = model.extra_saved(position, graph.height(node.outputs[0]) or 1, samples)
+            if extra:
+                memory.allocate(("extra", position), extra)
+        for value in (*node.inputs, *node.outputs):
+            if value in node.inputs:
+                waiting[value] -= 1
+            if not waiting[value] and not holders.get(value) and value not in returned:
+                memory.free(value)
+    for value in returned:
+        if not holders.get(value):
+            memory.free(value)
+    for position in reversed(rest):
+        node = graph.nodes[position]
+        if not any(o in differentiable for o in node.outputs):
+            continue
+        times = 0.0
+        for index in node.inputs:
+            if index not in differentiable:
+                continue
+            times += 1
+            if graph.values[index].kind.value == "parameter":
+                continue
+            free_of_cost = node.op in _VIEWS or node.op is aten.add.Tensor
+            memory.allocate(("gradient", index), 0 if free_of_cost else graph.values[index].bytes)
+        for value in node.outputs:
+            memory.free(("gradient", value))
+        for value in saved_by.get(position, []):
+            holders[value] -= 1
+            if not holders[value]:
+                memory.free(value)
+        memory.free(("extra", position))
+        seconds += model.seconds(position, 1.0, max(times, 1.0))
+    return Cost(memory.peak, seconds)
+

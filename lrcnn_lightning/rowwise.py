@@ -1,0 +1,365 @@
+"""``rowwise(module)``: a module whose forward and backward pass run row by row, without Lightning.
+
+The module stays what it is: same class, same parameters, same ``state_dict``. Only its ``forward`` is replaced, on the
+instance, by a `RowwiseForward`, and `restore` takes that away again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from lrcnn_lightning.config import RowConfig, did_you_mean
+from lrcnn_lightning.engine.execute import execute, requires_grad_leaves
+from lrcnn_lightning.errors import CaptureError, ConfigError, RowwiseError
+from lrcnn_lightning.graph import capture
+from lrcnn_lightning.plan.plan import Plan
+from lrcnn_lightning.plan.search import choose_plan
+from lrcnn_lightning.rules import RowGraph, lower
+
+__all__ = ["RowwiseForward", "RowwiseSession", "plan", "restore", "rowwise", "select_modules"]
+
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
+
+_CACHED = 16
+"""Graphs and plans remembered a module: multi-scale training has a handful of shapes; more are captured again."""
+
+_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+
+
+class RowwiseForward:
+    """Stands in for a module's ``forward``.
+
+    Graphs are remembered by what capture depends on (shapes, dtypes, device, the train/eval state of every submodule,
+    Python arguments), plans by that and by which parameters and inputs require a gradient.
+    """
+
+    def __init__(self, module: nn.Module, config: RowConfig, name: str = "", unsupported: Any = None) -> None:
+        self.module, self.config, self.name = module, config, name
+        self.previous: Callable[..., Any] | None = module.__dict__.get("forward")
+        self.plan: Plan | None = None
+        """The plan of the latest call."""
+        self.training_plan: Plan | None = None
+        """The plan of the latest call with a backward pass."""
+        self._graphs: OrderedDict[Any, RowGraph] = OrderedDict()
+        self._plans: OrderedDict[Any, Plan] = OrderedDict()
+        self._unsupported: Callable[[RowwiseForward, CaptureError, Any, Any], Any] | None = unsupported
+        self._runs_plain = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry no plans: they are made again when needed."""
+        state = self.__dict__.copy()
+        state.update(plan=None, training_plan=None, _graphs=OrderedDict(), _plans=OrderedDict(), _unsupported=None)
+        return state
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._runs_plain or torch.compiler.is_compiling():
+            return self.original(*args, **kwargs)
+        try:
+            chosen, inputs = self._prepare(args, kwargs)
+        except CaptureError as error:
+            return self._without_rows(error, args, kwargs)
+        except RowwiseError as error:
+            raise type(error)(f"{self._where()}: {error}") from error
+        self.plan = chosen
+        if chosen.training:
+            self.training_plan = chosen
+        if chosen.mode == "plain":
+            return self.original(*args, **kwargs)
+        return execute(chosen, self.module, inputs)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward."""
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def plan_for(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Plan:
+        """The plan for a call with these arguments."""
+        return self._prepare(tuple(args), dict(kwargs))[0]
+
+    def _where(self) -> str:
+        kind = type(self.module).__name__
+        return f"row-wise module {self.name!r} ({kind})" if self.name else f"row-wise module {kind}"
+
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Plan, list[Any]]:
+        inputs, structure = tree_flatten((args, kwargs))
+        state = tuple((type(child), child.training) for child in self.module.modules())
+        key = (structure, tuple(_metadata(leaf) for leaf in inputs), state)
+        graph = self._graphs.get(key)
+        if graph is None:
+            with _put_back(self.module, self.previous):
+                captured = capture(self.module, args, kwargs)
+            graph = _remember(self._graphs, key, lower(captured, self.config.axis))
+        self._graphs.move_to_end(key)
+        training = torch.is_grad_enabled()
+        leaves = requires_grad_leaves(graph.graph, self.module, inputs) if training else frozenset()
+        plan_key = (key, leaves, training)
+        chosen = self._plans.get(plan_key)
+        if chosen is None:
+            device = next((leaf.device for leaf in inputs if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
+            found = choose_plan(graph, leaves, training and bool(leaves), self.config, device)
+            chosen = _remember(self._plans, plan_key, found)
+        self._plans.move_to_end(plan_key)
+        return chosen, inputs
+
+    def _without_rows(self, error: CaptureError, args: Any, kwargs: Any) -> Any:
+        """A module that cannot be captured: what the configuration asks for."""
+        if self._unsupported is not None:
+            return self._unsupported(self, error, args, kwargs)
+        message = (
+            f"{self._where()} cannot be captured: {error}. Allowed is a module whose control flow does not depend on "
+            "the values of its tensors. Name smaller parts in `modules`, or pass on_unsupported='warn' to run it "
+            "plainly"
+        )
+        if self.config.on_unsupported == "error":
+            raise CaptureError(message) from error
+        warnings.warn(f"{message} (on_unsupported='warn': it runs plainly)", stacklevel=4)
+        self._runs_plain = True
+        return self.original(*args, **kwargs)
+
+
+_V = TypeVar("_V")
+
+
+def _remember(table: OrderedDict[Any, _V], key: Any, value: _V) -> _V:
+    table[key] = value
+    while len(table) > _CACHED:
+        table.popitem(last=False)
+    return value
+
+
+def _metadata(leaf: Any) -> Any:
+    """What capture depends on, of one argument."""
+    if isinstance(leaf, torch.Tensor):
+        return tuple(leaf.shape), leaf.dtype, leaf.device
+    try:
+        hash(leaf)
+    except TypeError:
+        return repr(leaf)
+    return leaf
+
+
+@contextlib.contextmanager
+def _put_back(module: nn.Module, previous: Callable[..., Any] | None) -> Iterator[None]:
+    """The module with its own forward, for the time of the capture."""
+    present = module.__dict__.pop("forward", None)
+    if previous is not None:
+        module.__dict__["forward"] = previous
+    try:
+        yield
+    finally:
+        module.__dict__.pop("forward", None)
+        if present is not None:
+            module.__dict__["forward"] = present
+
+
+def rowwise(module: ModuleType, **options: Any) -> ModuleType:
+    """Make ``module`` run row by row, in place, and return it.
+
+    ``options`` are the fields of `RowConfig`. The first call with a new input shape captures and plans the module.
+    Parameters, buffers, hooks on the module and its ``state_dict`` stay as they are; `restore` undoes it.
+
+    >>> import torch
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU())
+    >>> y = rowwise(net, mode="two_phase", rows=4)(torch.randn(1, 3, 32, 32))    # N C H W
+    >>> y.shape
+    torch.Size([1, 8, 32, 32])
+
+    Raises `ConfigError` for a wrong option; the first call raises `CaptureError` for a module that cannot be captured
+    (unless ``on_unsupported="warn"``) and `InputError` for an input without a spatial axis.
+    """
+    config = RowConfig.from_options(**options)
+    if config.modules != "auto":
+        raise ConfigError(
+            f"modules={config.modules!r} is for the Lightning strategies; here, pass the submodule itself to rowwise()"
+        )
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"rowwise() takes a torch.nn.Module, given was {type(module).__name__}")
+    restore(module)
+    module.__dict__["forward"] = RowwiseForward(module, config)
+    return module
+
+
+def restore(module: ModuleType) -> ModuleType:
+    """Give the module (and its submodules) their own forward back, and return it."""
+    for child in module.modules():
+        patched = child.__dict__.get("forward")
+        if isinstance(patched, RowwiseForward):
+            del child.__dict__["forward"]
+            if patched.previous is not None:
+                child.__dict__["forward"] = patched.previous
+    return module
+
+
+def plan(module: nn.Module, example: Any, **options: Any) -> Plan:
+    """The plan for ``module(example)``, without running anything.
+
+    ``example`` is a tensor (``N C H W`` or another map), a tuple of arguments or a dict of keyword arguments. Tensors
+    on the ``meta`` device stand for inputs of any size and take no memory. Gradients are planned for as the module's
+    parameters require them.
+    """
+    config = RowConfig.from_options(**options)
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example, Mapping):
+        kwargs = dict(example)
+    elif isinstance(example, tuple):
+        args = example
+    else:
+        args = (example,)
+    parameter = next(module.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    restoring = module.__dict__.get("forward")
+    previous = restoring.previous if isinstance(restoring, RowwiseForward) else restoring
+    with FakeTensorMode(allow_non_fake_inputs=True):
+
+        def real(tensor: torch.Tensor) -> torch.Tensor:
+            if not tensor.is_meta or device.type == "meta":
+                return tensor
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=device, requires_grad=tensor.requires_grad)
+
+        args, kwargs = tree_map_only(torch.Tensor, real, (args, kwargs))
+        executor = RowwiseForward(module, config)
+        executor.previous = previous
+        try:
+            with torch.enable_grad():
+                return executor.plan_for(args, kwargs)
+        except RowwiseError as error:
+            raise type(error)(f"{executor._where()}: {error}") from error
+
+
+def has_convolution(module: nn.Module) -> bool:
+    """Whether a convolution is anywhere inside."""
+    return any(isinstance(child, _CONVOLUTIONS) for child in module.modules())
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+
+
+def select_modules(root: nn.Module, names: str | Iterable[str] = "auto") -> dict[str, nn.Module]:
+    """The submodules of ``root`` that run row by row, by name.
+
+    ``"auto"``: the outermost submodules that contain a convolution and have a forward of their own. Raises
+    `ConfigError` for a name that does not exist, or where nothing contains a convolution.
+    """
+    if names == "auto":
+        found: dict[str, nn.Module] = {}
+        _collect(root, "", found)
+        return found
+    table = dict(root.named_modules())
+    chosen: dict[str, nn.Module] = {}
+    for name in [names] if isinstance(names, str) else names:
+        if name not in table or name == "":
+            outer = sorted(child for child, _ in root.named_children())
+            hint = did_you_mean(name, [key for key in table if key])
+            raise ConfigError(
+                f"modules={name!r}: {type(root).__name__} has no submodule of that name{hint}; its submodules are "
+                f"{', '.join(outer) or 'none'} and what is inside them (see `named_modules()`)"
+            )
+        chosen[name] = table[name]
+    for name in chosen:
+        inside = [other for other in chosen if other.startswith(f"{name}.")]
+        if inside:
+            raise ConfigError(f"modules: {inside[0]!r} is inside {name!r}, which runs row by row as a whole; name one")
+    return chosen
+
+
+def _collect(module: nn.Module, prefix: str, found: dict[str, nn.Module]) -> None:
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if not has_convolution(child):
+            continue
+        if _has_own_forward(child):
+            if not any(child is other for other in found.values()):
+                found[path] = child
+        else:
+            _collect(child, f"{path}.", found)
+
+
+class RowwiseSession:
+    """The row-wise modules of one model, patched only while `active`.
+
+    What the strategies use: plans live as long as the session; the model is untouched outside of ``with
+    session.active()``. With ``modules="auto"`` a module that cannot be captured is replaced by its own parts.
+    """
+
+    def __init__(self, root: nn.Module, config: RowConfig) -> None:
+        self.root, self.config = root, config
+        names = config.modules
+        self.automatic = names == "auto"
+        chosen = select_modules(root, names)
+        self.forwards: dict[str, RowwiseForward] = {name: self._forward(name, module) for name, module in chosen.items()}
+        if self.automatic and _has_own_forward(root) and _direct_layers(root):
+            # The model's own forward, where layers hang directly on it; its parts serve steps that call them.
+            self.forwards = {"": self._forward("", root), **self.forwards}
+        self._depth = 0
+
+    def _forward(self, name: str, module: nn.Module) -> RowwiseForward:
+        return RowwiseForward(module, self.config, name, self._descend if self.automatic else None)
+
+    @property
+    def plans(self) -> dict[str, Plan]:
+        """The plans in force by module name: of the latest training call, or of the latest call."""
+        table = {}
+        for name, forward in self.forwards.items():
+            latest = forward.training_plan or forward.plan
+            if latest is not None:
+                table[name] = latest
+        return table
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Calls of the chosen modules run row by row inside this context."""
+        self._depth += 1
+        if self._depth == 1:
+            for forward in self.forwards.values():
+                self._patch(forward)
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                for forward in self.forwards.values():
+                    self._unpatch(forward)
+
+    @staticmethod
+    def _patch(forward: RowwiseForward) -> None:
+        forward.previous = forward.module.__dict__.get("forward")
+        forward.module.__dict__["forward"] = forward
+
+    @staticmethod
+    def _unpatch(forward: RowwiseForward) -> None:
+        if forward.module.__dict__.get("forward") is forward:
+            del forward.module.__dict__["forward"]
+            if forward.previous is not None:
+                forward.module.__dict__["forward"] = forward.previous
+
+    def _descend(self, forward: RowwiseForward, error: CaptureError, args: Any, kwargs: Any) -> Any:
+        """Replace a module that cannot be captured by its parts, one level down, and run this call so."""
+        parts = {} if forward.name == "" else select_modules(forward.module, "auto")
+        forward._unsupported = None
+        if not parts and forward.name != "":
+            return forward._without_rows(error, args, kwargs)
+        self._unpatch(forward)
+        self.forwards = {name: other for name, other in self.forwards.items() if other is not forward}
+        for name, part in parts.items():
+            inner = self._forward(f"{forward.name}.{name}" if forward.name else name, part)
+            self.forwards[inner.name] = inner
+            if self._depth:
+                self._patch(inner)
+        return forward.original(*args, **kwargs)
+
+
+def _direct_layers(root: nn.Module) -> bool:
+    """Whether convolutions hang directly on the model, or its network is spread over several children."""
+    return sum(has_convolution(child) for child in root.children()) > 1
