@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
+from lrcnn_lightning import strategy as _strategy
 from lrcnn_lightning.config import RowConfig
 from lrcnn_lightning.errors import (
     CaptureError,
@@ -21,13 +23,22 @@ from lrcnn_lightning.errors import (
 from lrcnn_lightning.plan.plan import Plan
 from lrcnn_lightning.rowwise import plan, restore, rowwise
 
+if TYPE_CHECKING:
+    from lrcnn_lightning.monitor import ActivationMemory
+    from lrcnn_lightning.strategy import LRCNNDDPStrategy, LRCNNStrategy
+
+_strategy.register()
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationMemory",
     "CaptureError",
     "ConfigError",
     "DoubleBackwardError",
     "InputError",
+    "LRCNNDDPStrategy",
+    "LRCNNStrategy",
     "Plan",
     "PlanError",
     "RowConfig",
@@ -36,3 +47,12 @@ __all__ = [
     "restore",
     "rowwise",
 ]
+
+_NEED_LIGHTNING = {"ActivationMemory": "monitor", "LRCNNDDPStrategy": "strategy", "LRCNNStrategy": "strategy"}
+
+
+def __getattr__(name: str) -> Any:
+    """What needs Lightning is made when it is asked for; the engine works with torch alone."""
+    if name in _NEED_LIGHTNING:
+        return getattr(importlib.import_module(f"lrcnn_lightning.{_NEED_LIGHTNING[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

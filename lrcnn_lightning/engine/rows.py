@@ -192,7 +192,8 @@ class Slabs:
         self, graph: RowGraph, store: dict[int, Any], nodes: Collection[int], row: Row, batch: Interval
     ) -> None:
         self.graph, self.store, self.row, self.batch = graph, store, row, batch
-        self.wholes: dict[int, Tensor] = {}
+        self.taps: dict[int, Tensor] = {}
+        self.tapped: frozenset[int] = frozenset()
         self._slabs: dict[int, tuple[Tensor, int]] = {}
         self._fresh: dict[int, Tensor] = {}
         self._waiting: dict[int, int] = {}
@@ -200,13 +201,11 @@ class Slabs:
             for value in graph.nodes[position].inputs:
                 self._waiting[value] = self._waiting.get(value, 0) + 1
 
-    def put(self, value: int, slab: Tensor, start: int) -> None:
-        """Give a slab from outside, whose first row is ``start``."""
-        self._slabs[value] = (slab, start)
-
     def rows_of(self, value: int, interval: Interval) -> Tensor:
         """Rows of a value: from a slab of this row, or from its full map."""
         axes = self.graph.axes[value]
+        if value in self.tapped and value not in self._slabs:
+            self._slabs[value] = (self.taps[value], self.row.reads[value].lo)
         if value not in self._slabs:
             full: Tensor = self.store[value]
             return cut(full, axes, Tile(interval, self.batch))
@@ -238,7 +237,7 @@ class Slabs:
             def argument(ref: Ref) -> Any:
                 if self.graph.is_map(ref.index):
                     return self.rows_of(ref.index, needed)
-                return self.wholes[ref.index] if ref.index in self.wholes else self.store[ref.index]
+                return self.taps[ref.index] if ref.index in self.tapped else self.store[ref.index]
 
             args, kwargs = map_refs(node.args, argument), map_refs(node.kwargs, argument)
             tile = Tile(span.computed, self.batch)
@@ -282,6 +281,11 @@ def _call(rule: RowRule, args: Any, kwargs: Any, tile: Tile, hollow: bool) -> An
     return rule.run(args, kwargs, tile)
 
 
+def _hand_up(handed_up: dict[int, Tensor], value: int, gradient: Tensor) -> None:
+    # The gradient is a view of that of the whole slab, which must not live on.
+    handed_up[value] = gradient.clone()
+
+
 class _Tap(torch.autograd.Function):
     """The identity, where a gradient leaves autograd for the place where it is summed.
 
@@ -297,6 +301,22 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
         ctx.receive(gradient)
         return None, None, None
+
+
+class _Lazy(dict[int, Tensor]):
+    """Tensors made when first read.
+
+    Autograd runs what was made last first. A tap that is made just before the operation that reads it is run just
+    after that operation's backward, so the gradient does not wait for the end of the row.
+    """
+
+    def __init__(self, make: Callable[[int], Tensor]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, value: int) -> Tensor:
+        self[value] = self._make(value)
+        return self[value]
 
 
 class _BackwardRow:
@@ -324,12 +344,14 @@ class _BackwardRow:
         """Add to the gradients; returns those of this row's carries, for the row above."""
         graph, run = self.graph, self.run
         handed_up: dict[int, Tensor] = {}
-        carries: dict[int, Tensor] = {}
-        for value, carry in carried.items():
-            if graph.producer[value] in run.loop.carried:
-                wanted = graph.producer[value] in run.differentiated and _is_differentiable(carry)
-                carries[value] = self._tap(carry, partial(handed_up.__setitem__, value)) if wanted else carry
-        self._recompute(self._source_taps(), carries, from_below)
+
+        def tap_carry(value: int) -> Tensor:
+            carry = carried[value]
+            if graph.producer[value] in run.differentiated and _is_differentiable(carry):
+                return self._tap(carry, partial(_hand_up, handed_up, value))
+            return carry
+
+        self._recompute(_Lazy(tap_carry), from_below)
         self._inject_into_sources()
         if self.roots:
             torch.autograd.grad(self.roots, [self.origin], self.seeds, allow_unused=True)
@@ -341,27 +363,19 @@ class _BackwardRow:
             result: Tensor = _Tap.apply(tensor.detach(), self.origin, receive)  # type: ignore[no-untyped-call]
         return result
 
-    def _source_taps(self) -> dict[int, Tensor]:
-        """The slabs of the source maps whose gradient is wanted."""
-        taps = {}
-        for value in self.run.maps:
-            interval = self.row.reads.get(value)
-            if interval is not None and not interval.empty:
-                tile = Tile(interval, self.batch)
-                slab = cut(self.store[value], self.graph.axes[value], tile)
-                taps[value] = self._tap(slab, partial(self.gradients.add_tile, value, tile=tile))
-        return taps
+    def _tap_input(self, value: int) -> Tensor:
+        """A whole value, or the slab of a source map, that this pass collects the gradient of."""
+        if not self.graph.is_map(value):
+            return self._tap(self.store[value], partial(self.gradients.add, value))
+        tile = Tile(self.row.reads[value], self.batch)
+        slab = cut(self.store[value], self.graph.axes[value], tile)
+        return self._tap(slab, partial(self.gradients.add_tile, value, tile=tile))
 
-    def _recompute(
-        self, sources: dict[int, Tensor], carried: dict[int, Tensor], from_below: dict[int, Tensor]
-    ) -> None:
+    def _recompute(self, carried: dict[int, Tensor], from_below: dict[int, Tensor]) -> None:
         """Compute the row again and note where gradients enter it. Slabs live on only where autograd saved them."""
         run = self.run
         slabs = Slabs(self.graph, self.store, run.nodes, self.row, self.batch)
-        for value in run.wholes:
-            slabs.wholes[value] = self._tap(self.store[value], partial(self.gradients.add, value))
-        for value, leaf in sources.items():
-            slabs.put(value, leaf, self.row.reads[value].lo)
+        slabs.taps, slabs.tapped = _Lazy(self._tap_input), frozenset((*run.wholes, *run.maps))
         for position in run.nodes:
             differentiated = position in run.differentiated
             with torch.set_grad_enabled(differentiated):

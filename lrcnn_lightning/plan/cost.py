@@ -300,8 +300,8 @@ class _Simulation:
                 memory.allocate(("slab", value), model.bytes_of(value, span.hi - span.lo, samples))
         padded = getattr(rule, "geometry", None)
         if padded is not None:
-            above, below = padded.missing(span.computed)
-            if above != below:
+            if padded.symmetric(span.computed) is None:
+                above, below = padded.missing(span.computed)
                 rows = padded.needed(span.computed).length + above + below
                 memory.touch(model.bytes_of(node.inputs[0], rows, samples))
         self.seconds += model.seconds(position, self._share(node.outputs[0], span.computed.length, samples))

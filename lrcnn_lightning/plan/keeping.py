@@ -5,7 +5,9 @@ a map that is reduced is read twice in the forward pass (its moments, then its u
 into many levels. Then
 
     reduced, and not much larger than what it is computed from      KEEP          (the narrow maps of a bottleneck)
-    reduced, and wider than its source                              TRANSIENT     (computed again, once, when needed)
+    reduced, and wider than its source                              TRANSIENT in the forward pass; in the backward pass
+                                                                    STREAM (``lean``: it and its gradient never exist
+                                                                    whole) or TRANSIENT (one recomputation less)
     read in a later level (the shortcut of a residual block)        TRANSIENT
     anything else (normalised maps, activations)                    STREAM
 """
@@ -13,20 +15,24 @@ into many levels. Then
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Literal
 
-from lrcnn_lightning.plan.residency import KEEP, STREAM, TRANSIENT, Residencies
+from lrcnn_lightning.plan.residency import KEEP, STREAM, TRANSIENT, Residencies, Residency
 from lrcnn_lightning.rules import Role, RowGraph
 
-__all__ = ["choose_residencies"]
+__all__ = ["Keeping", "choose_residencies"]
+
+Keeping = Literal["borders", "narrow", "lean"]
+"""``borders``: nothing but segment borders; ``narrow`` and ``lean``: narrow reduced maps too, see above."""
 
 _WIDE = 1.5
 """A map this many times larger than its largest source is wide: computing it again is cheaper than keeping it."""
 
 
 def choose_residencies(
-    graph: RowGraph, nodes: Sequence[int], outputs: Collection[int], keep_narrow: bool = True
+    graph: RowGraph, nodes: Sequence[int], outputs: Collection[int], keeping: Keeping = "lean"
 ) -> Residencies:
-    """Residencies of the maps that rows make in ``nodes``; ``keep_narrow=False`` keeps borders only."""
+    """Residencies of the maps that rows make in ``nodes``."""
     inside = set(nodes)
     level = _levels(graph, nodes)
     result: Residencies = {}
@@ -40,8 +46,10 @@ def choose_residencies(
             whole = any(graph.roles[r] is Role.WHOLE for r in readers)
             if value in outputs:
                 result[value] = KEEP
-            elif reduced and later and keep_narrow and not _wide(graph, value, result):
+            elif reduced and later and keeping != "borders" and not _wide(graph, value, result):
                 result[value] = KEEP
+            elif reduced and later and keeping == "lean" and not whole:
+                result[value] = Residency("transient", "stream")
             elif later or whole:
                 result[value] = TRANSIENT
             else:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from lrcnn_lightning.plan.cost import Cost, plain_cost, program_cost
-from lrcnn_lightning.plan.keeping import choose_residencies
+from lrcnn_lightning.plan.keeping import Keeping, choose_residencies
 from lrcnn_lightning.plan.loop import Loop
 from lrcnn_lightning.plan.program import ProgramBuilder, RunRows, SegmentProgram
 from lrcnn_lightning.plan.residency import Residencies
@@ -23,14 +23,14 @@ class Choices:
     """What is free to choose in a plan.
 
     ``rows`` and ``segments`` are positive numbers, ``mode`` a halo policy by its paper's name (``two_phase`` or
-    ``overlap``), ``keep_narrow`` whether the narrow inputs of normalisations are kept.
+    ``overlap``), ``keeping`` what is kept of the inputs of normalisations (`keeping.choose_residencies`).
     """
 
     mode: str = "two_phase"
     rows: int = 4
     segments: int = 1
     batch_chunks: int = 1
-    keep_narrow: bool = True
+    keeping: Keeping = "lean"
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +157,7 @@ def build_plan(graph: RowGraph, leaves: Collection[int], training: bool, choices
         if kind == "plain":
             segments.append(_plain(graph, name, nodes, outputs))
             continue
-        residencies: Residencies = choose_residencies(graph, nodes, outputs, choices.keep_narrow)
+        residencies: Residencies = choose_residencies(graph, nodes, outputs, choices.keeping)
         builder = ProgramBuilder(
             graph, name, nodes, outputs, residencies, choices.rows, carried, chunks, differentiable
         )

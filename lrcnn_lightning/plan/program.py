@@ -253,9 +253,9 @@ class ProgramBuilder:
 
     def _survives(self, index: int) -> bool:
         """Whether a value of the inside lives until the backward pass: kept maps, and every whole value."""
-        if not self.graph.is_map(index):
+        if not self.graph.is_map(index) or not self._made_by_rows(index) or index in self.outputs:
             return True
-        return self.residencies[index].backward == "keep" or index in self.outputs or not self._made_by_rows(index)
+        return self.residencies[index].backward == "keep"
 
     def _with_frees(self, steps: list[Step], keep: Collection[int]) -> list[Step]:
         """Free each full map and whole value of the inside after the last step that reads it."""
@@ -275,7 +275,7 @@ class ProgramBuilder:
     def _materialised_backward(self, index: int) -> bool:
         if index not in self.inside or not self.graph.is_map(index) or index in self.outputs:
             return True
-        return self.residencies[index].backward != "stream" or not self._made_by_rows(index)
+        return not self._made_by_rows(index) or self.residencies[index].backward != "stream"
 
     def _backward(self, forward_loops: list[Loop]) -> tuple[list[Step], tuple[int, ...], dict[str, set[int]]]:
         graph = self.graph

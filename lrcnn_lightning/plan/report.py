@@ -118,7 +118,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "rows": plan.choices.rows,
         "segments": plan.choices.segments,
         "batch_chunks": plan.choices.batch_chunks,
-        "keep_narrow": plan.choices.keep_narrow,
+        "keeping": plan.choices.keeping,
         "training": plan.training,
         "peak_bytes": plan.peak_bytes,
         "plain_peak_bytes": plan.plain_peak_bytes,

@@ -13,13 +13,14 @@ import torch
 
 from lrcnn_lightning.config import RowConfig, format_size
 from lrcnn_lightning.errors import ConfigError, PlanError
+from lrcnn_lightning.plan.keeping import Keeping
 from lrcnn_lightning.plan.plan import Choices, Plan, build_plan, plain_plan
-from lrcnn_lightning.rules import RowGraph
+from lrcnn_lightning.rules import Role, RowGraph
 
 __all__ = ["choose_plan", "free_bytes"]
 
 _ROWS = (2, 4, 8, 16, 32)
-_SEGMENTS = (1, 2, 3, 4, 6, 8)
+_SEGMENTS = (1, 2, 3, 4, 6, 8, 12, 16)
 _SHARE_OF_FREE = 0.8
 
 
@@ -80,7 +81,8 @@ def _candidates(graph: RowGraph, config: RowConfig, height: int, training: bool)
     chunks = [config.batch_chunks] if isinstance(config.batch_chunks, int) else [1]
     if config.batch_chunks == "auto" and samples > 1 and graph.batch_splits:
         chunks = sorted({1, min(samples, 4), samples} if samples <= 8 else {1, 4, samples // 2})
-    keeps = (True, False) if training else (True,)
+    barriers = training and any(role is Role.REDUCE for role in graph.roles[:-1])
+    keeps: tuple[Keeping, ...] = ("lean", "narrow", "borders") if barriers else ("borders",)
     if not training:
         segments = segments[:1]
     for mode in modes:

@@ -14,6 +14,9 @@ from lrcnn_lightning.rules import Role, RowGraph
 
 __all__ = ["Stretch", "differentiable_values", "segment_borders", "stretches"]
 
+_CUTS = 80
+"""Cuts that are considered at most; the choice among them is quadratic."""
+
 
 @dataclass(frozen=True)
 class Stretch:
@@ -78,19 +81,13 @@ def segment_borders(graph: RowGraph, nodes: Sequence[int], count: int, rows: int
     if count <= 1 or len(nodes) <= 1:
         return [tuple(nodes)]
     crossing = _crossing_bytes(graph, nodes)
+    if any(graph.roles[p] is Role.REDUCE for p in nodes):
+        rows = 1  # behind a barrier maps are materialised within a segment: they are not divided by the rows
     weight = [sum(graph.values[o].bytes for o in graph.nodes[p].outputs if graph.is_map(o)) for p in nodes]
     prefix = [0]
     for bytes_ in weight:
         prefix.append(prefix[-1] + bytes_)
-    # A cut before position i is sensible where fewer bytes cross than on both sides.
-    cuts = [
-        i
-        for i in range(1, len(nodes))
-        if crossing[i] <= crossing[i - 1] and (i + 1 >= len(nodes) or crossing[i] <= crossing[i + 1])
-    ]
-    if len(cuts) > 80:
-        cuts = sorted(sorted(cuts, key=lambda i: crossing[i])[:80])
-    points = [0, *cuts, len(nodes)]
+    points = [0, *_sensible_cuts(crossing, prefix), len(nodes)]
     best: tuple[float, list[int]] | None = None
     for denominator in (1, 1.5, 2, 3, 4, 6, 8, 12, 16):
         limit = prefix[-1] / min(denominator, count)
@@ -105,6 +102,23 @@ def segment_borders(graph: RowGraph, nodes: Sequence[int], count: int, rows: int
             best = (cost, chosen)
     ends = [0, *(best[1] if best else []), len(nodes)]
     return [tuple(nodes[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def _sensible_cuts(crossing: Sequence[int], prefix: Sequence[int]) -> list[int]:
+    """Cuts where fewer bytes cross than on both sides; of very many, the best in each stretch of equal bytes."""
+    cuts = []
+    for i in range(1, len(crossing)):
+        after = next((c for c in crossing[i:] if c != crossing[i]), crossing[i] + 1)
+        if crossing[i - 1] > crossing[i] < after:
+            cuts.append(i)
+    if len(cuts) <= _CUTS:
+        return cuts
+    best: dict[int, int] = {}
+    for i in cuts:
+        bucket = prefix[i] * _CUTS // max(prefix[-1], 1)
+        if bucket not in best or crossing[i] < crossing[best[bucket]]:
+            best[bucket] = i
+    return sorted(best.values())
 
 
 def _crossing_bytes(graph: RowGraph, nodes: Sequence[int]) -> list[int]:

@@ -1,6 +1,19 @@
 """Row rules: one family a file. Importing this package fills the registry."""
 
-from lrcnn_lightning.rules import dropout, normalisation, pointwise, reduction, resize, shape, transposed, window
+from lrcnn_lightning.rules import (
+    contraction,
+    dropout,
+    maximum,
+    norm,
+    normalisation,
+    pointwise,
+    reduction,
+    resize,
+    shape,
+    transposed,
+    variance,
+    window,
+)
 from lrcnn_lightning.rules.lowering import Role, RowGraph, lower
 from lrcnn_lightning.rules.rule import Axes, Interval, Operator, Reduction, RowRule, Tile, registered
 
@@ -13,8 +26,11 @@ __all__ = [
     "RowGraph",
     "RowRule",
     "Tile",
+    "contraction",
     "dropout",
     "lower",
+    "maximum",
+    "norm",
     "normalisation",
     "pointwise",
     "reduction",
@@ -22,5 +38,6 @@ __all__ = [
     "resize",
     "shape",
     "transposed",
+    "variance",
     "window",
 ]

@@ -28,9 +28,13 @@ def expands(operation: Any) -> Callable[[Expansion], Expansion]:
 
 
 class Builder:
-    """A graph under construction."""
+    """A graph under construction.
 
-    def __init__(self, graph: Graph) -> None:
+    ``dimension`` is the input's dimension that is split: most likely, but not surely, that of the map at hand.
+    """
+
+    def __init__(self, graph: Graph, dimension: int) -> None:
+        self.dimension = dimension
         self.values = list(graph.values)
         self.nodes: list[Node] = []
 
@@ -42,15 +46,13 @@ class Builder:
 
     def emit(self, origin: Node, op: Any, args: tuple[Any, ...], outputs: tuple[int, ...], part: str) -> None:
         """Add a node in the place of ``origin``."""
-        self.nodes.append(
-            replace(origin, name=f"{origin.name}.{part}", op=op, args=args, kwargs={}, outputs=outputs)
-        )
+        self.nodes.append(replace(origin, name=f"{origin.name}.{part}", op=op, args=args, kwargs={}, outputs=outputs))
 
 
-def expand(graph: Graph) -> Graph:
+def expand(graph: Graph, dimension: int) -> Graph:
     """The graph with each expandable operation on a value that depends on the input rewritten."""
     dependent = dependent_values(graph)
-    builder = Builder(graph)
+    builder = Builder(graph, dimension)
     for node in graph.nodes:
         expansion = _EXPANSIONS.get(node.op)
         if expansion is None or not any(index in dependent for index in node.inputs) or not expansion(builder, node):

@@ -37,9 +37,7 @@ class _HollowConvolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         slab, weight = ctx.saved_tensors
         mask = list(ctx.needs_input_grad[:3])
-        results = torch.ops.aten.convolution_backward.default(
-            gradient, slab, weight, ctx.bias_sizes, *ctx.call, mask
-        )
+        results = torch.ops.aten.convolution_backward.default(gradient, slab, weight, ctx.bias_sizes, *ctx.call, mask)
         return (*results, None, None)
 
 

@@ -95,9 +95,9 @@ def lower(graph: Graph, axis: int | str = "auto") -> RowGraph:
     ``axis`` is the dimension of the input that is split, or ``"auto"``: the longest spatial one (the first of equals).
     Raises `InputError` when no input has a spatial axis, or the given one is none.
     """
-    graph = expand(graph)
-    dependent = dependent_values(graph)
     dimension, rank = _row_dimension(graph, axis)
+    graph = expand(graph, dimension)
+    dependent = dependent_values(graph)
     axes: dict[int, Axes] = {}
     for value in graph.inputs:
         axes[value.index] = _seed(value, dimension, rank)
@@ -133,7 +133,8 @@ def _row_dimension(graph: Graph, axis: int | str) -> tuple[int, int]:
     if not maps:
         shapes = [list(value.shape) for value in graph.inputs]
         raise InputError(
-            f"no input has a spatial axis: the shapes are {shapes}; allowed are maps such as N C H W, N C D H W or N C L"
+            f"no input has a spatial axis: the shapes are {shapes}; "
+            "allowed are maps such as N C H W, N C D H W or N C L"
         )
     largest = max(maps, key=lambda value: value.elements)
     rank = len(largest.shape)

@@ -50,7 +50,7 @@ class _Normalise(torch.autograd.Function):
         needs = ctx.needs_input_grad
         statistics = needs[1] or needs[2]
         result, for_weight, for_bias = aten.native_batch_norm_backward.default(
-            gradient.contiguous() if gradient.stride() != x.stride() and gradient.is_contiguous() is False else gradient,
+            gradient if gradient.stride() == x.stride() else gradient.contiguous(),
             x,
             weight,
             mean,
@@ -190,8 +190,8 @@ def expand_instance_norm(builder: Builder, node: Node) -> bool:
     """``instance_norm(x, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, ...)``."""
     x, weight, bias, running_mean, running_variance, from_input, momentum, eps = node.args[:8]
     if not from_input:
-        args = (x, weight, bias, running_mean, running_variance, False, momentum, eps, False)
-        builder.emit(node, aten.batch_norm.default, args, node.outputs, "frozen")
+        frozen = (x, weight, bias, running_mean, running_variance, False, momentum, eps, False)
+        builder.emit(node, aten.batch_norm.default, frozen, node.outputs, "frozen")
         return True
     channels = builder.values[x.index].shape[1]
     _, count = _channels_and_count(builder, x, channels)

@@ -115,6 +115,20 @@ def prelu(scope: Scope) -> RowRule | None:
     return None if axes.row == 1 else _alike(scope)
 
 
+@register("pointwise", aten.hardswish.default, aten.log_sigmoid.default, aten.special_expm1.default)
+@register("pointwise", aten.where.Scalar, aten.where.ScalarSelf, aten.where.ScalarOther, aten.masked_fill.Tensor)
+@register("pointwise", aten.copy.default, aten.fill.Scalar, aten.type_as.default, aten.to.other, aten.expand_as.default)
+def untagged(scope: Scope) -> RowRule | None:
+    """Pointwise operations, with broadcasting, that ATen does not tag so."""
+    return pointwise(scope)
+
+
+@register("pointwise", aten.rrelu.default)
+def rrelu(scope: Scope) -> RowRule | None:
+    """``rrelu(input, lower, upper, training)``: in training mode its slopes are drawn at random, on the whole map."""
+    return None if scope.argument(3, "training", False) else pointwise(scope)
+
+
 @register("pointwise", aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default)
 @register("pointwise", aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.to.device)
 def elementwise(scope: Scope) -> RowRule | None:
@@ -122,7 +136,7 @@ def elementwise(scope: Scope) -> RowRule | None:
     return _alike(scope)
 
 
-@register("pointwise", aten.softmax.int, aten.log_softmax.int, aten.cumsum.default)
+@register("pointwise", aten.softmax.int, aten.log_softmax.int, aten.cumsum.default, aten.cumprod.default)
 @register("pointwise", aten._softmax.default, aten._log_softmax.default, aten.glu.default)
 def along_a_dimension(scope: Scope) -> RowRule | None:
     """Operations along one dimension, pointwise along the others."""
@@ -155,9 +169,9 @@ def linear(scope: Scope) -> RowRule | None:
     return Linear(scope.node.op, (axes,))
 
 
-@register("pointwise", aten.layer_norm.default)
+@register("pointwise", aten.layer_norm.default, aten.rms_norm.default)
 def layer_norm(scope: Scope) -> RowRule | None:
-    """``layer_norm(input, normalized_shape, ...)`` over the last dimensions, when the row axis is not among them."""
+    """``layer_norm(input, normalized_shape, ...)`` when the row axis is not among the last dimensions it goes over."""
     axes = scope.of(scope.node.args[0])
     rank = len(scope.shape(scope.node.args[0]))
     first = rank - len(scope.node.args[1])

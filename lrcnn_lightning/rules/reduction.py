@@ -23,7 +23,7 @@ from torch import Tensor
 from lrcnn_lightning.rules.pointwise import AlongRows
 from lrcnn_lightning.rules.rule import WHOLE, Axes, Operator, Reduction, RowRule, Scope, register
 
-__all__ = ["Moments", "Sum", "global_average", "moments", "wide"]
+__all__ = ["Moments", "Sum", "global_average", "kept_batch", "moments", "reduced_dimensions", "restored", "wide"]
 
 aten = torch.ops.aten
 
@@ -60,13 +60,24 @@ class Sum(Reduction):
     ) -> Tensor:
         gradient = gradients[0]
         assert gradient is not None
-        if not self.keepdim:
-            for dim in sorted(self.dims):
-                gradient = gradient.unsqueeze(dim)
-        return (gradient / self.divisor).to(slab.dtype).expand(slab.shape)
+        return (restored(gradient, self.dims, self.keepdim) / self.divisor).to(slab.dtype).expand(slab.shape)
 
 
-def _kept_batch(scope: Scope, dims: Sequence[int], keepdim: bool) -> int | None:
+def restored(tensor: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:
+    """The result of a reduction over ``dims`` with these dimensions, of size one, in their place."""
+    for dim in () if keepdim else sorted(dims):
+        tensor = tensor.unsqueeze(dim)
+    return tensor
+
+
+def reduced_dimensions(given: Any, rank: int) -> tuple[int, ...]:
+    """The ``dim`` argument of a reduction as dimensions; none given are all."""
+    if isinstance(given, int):
+        return (given % rank,)
+    return tuple(dim % rank for dim in given) if given else tuple(range(rank))
+
+
+def kept_batch(scope: Scope, dims: Sequence[int], keepdim: bool) -> int | None:
     """Where the batch axis of the input is in the output of a reduction over ``dims``."""
     batch = scope.of(scope.node.args[0]).batch
     if batch is None or batch in dims:
@@ -78,17 +89,26 @@ def _reduced(scope: Scope, given: Any, keepdim: bool, mean: bool) -> Reduction |
     if not scope.only_first_has_rows():
         return None
     shape, axes = scope.shape(scope.node.args[0]), scope.of(scope.node.args[0])
-    dims = tuple(d % len(shape) for d in given) if given else tuple(range(len(shape)))
+    dims = reduced_dimensions(given, len(shape))
     assert axes.row is not None
     if axes.row not in dims:
-        row = axes.row if keepdim else axes.row - sum(d < axes.row for d in dims)
-        return AlongRows(scope.node.op, (Axes(row, _kept_batch(scope, dims, keepdim)),))
+        return within_rows(scope, dims, keepdim)
     divisor = 1
     for dim in dims if mean else ():
         divisor *= shape[dim]
     return Sum(
-        dims, keepdim, divisor, scope.output.shape, scope.node.kwargs.get("dtype"), _kept_batch(scope, dims, keepdim)
+        dims, keepdim, divisor, scope.output.shape, scope.node.kwargs.get("dtype"), kept_batch(scope, dims, keepdim)
     )
+
+
+def within_rows(scope: Scope, dims: Sequence[int], keepdim: bool) -> RowRule | None:
+    """A reduction that leaves the row axis alone; ``None`` where it does not."""
+    row = scope.of(scope.node.args[0]).row
+    if not scope.only_first_has_rows() or row is None or row in dims:
+        return None
+    row = row if keepdim else row - sum(dim < row for dim in dims)
+    out = Axes(row, kept_batch(scope, dims, keepdim))
+    return AlongRows(scope.node.op, (out,) * len(scope.node.outputs))
 
 
 @register("reduction", aten.mean.dim)
@@ -125,7 +145,7 @@ def global_average(scope: Scope, position: int) -> Reduction | None:
     divisor = 1
     for dim in dims:
         divisor *= shape[dim]
-    return Sum(dims, True, divisor, out, None, _kept_batch(scope, dims, True))
+    return Sum(dims, True, divisor, out, None, kept_batch(scope, dims, True))
 
 
 @dataclass(frozen=True)
@@ -201,3 +221,14 @@ def moments_rule(scope: Scope) -> Reduction | None:
         elements *= size
     count = elements // (shape[1] if groups is None else shape[0] * groups)
     return Moments(groups, count, None if groups is None else axes.batch)
+
+
+@register("reduction", aten.max.dim, aten.min.dim, aten.median.dim, aten.argmax.default, aten.argmin.default)
+@register("reduction", aten.logsumexp.default, aten.prod.dim_int, aten.any.dim, aten.all.dim)
+def other_reduction(scope: Scope) -> RowRule | None:
+    """Reductions that stream only where they leave the row axis alone: ``op(input, dim, keepdim)``."""
+    given = scope.argument(1, "dim")
+    if given is None:
+        return None
+    dims = reduced_dimensions(given, len(scope.shape(scope.node.args[0])))
+    return within_rows(scope, dims, bool(scope.argument(2, "keepdim", False)))

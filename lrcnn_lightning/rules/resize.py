@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lrcnn_lightning.rules.rule import Axes, Interval, RowRule, Scope, Tile, register
+from lrcnn_lightning.rules.rule import Axes, Interval, Reduction, RowRule, Scope, Tile, register
 from lrcnn_lightning.rules.window import spatial_tuple
 
 __all__ = ["AdaptivePool", "Resize"]
@@ -42,6 +42,7 @@ class Resize(RowRule):
     out_height: int
     step: float
     others: tuple[int, ...]
+    scales: tuple[float, ...] | None
     same_width: bool
     axes: tuple[Axes, ...]
     family = "resize"
@@ -93,9 +94,21 @@ class Resize(RowRule):
         assert result is not None
         return result
 
+    def _operation(self, slab: Tensor) -> Any:
+        assert self.scales is not None
+        scales, mode = list(self.scales), self.mode
+        if mode.startswith("nearest"):
+            return functional.interpolate(slab, scale_factor=scales, mode=mode)
+        mode = "bicubic" if mode == "bicubic" else _MODES[len(scales)]
+        return functional.interpolate(slab, scale_factor=scales, mode=mode, align_corners=False)
+
     def _resize_others(self, slab: Tensor) -> Tensor:
         sizes = list(self.others)
         sizes[self.position] = slab.shape[self.axis]
+        if self.scales is not None:
+            # Scales that do not give the sizes exactly move the coordinates; the row axis keeps its size.
+            result: Tensor = self._operation(slab)
+            return result
         if self.mode.startswith("nearest"):
             return functional.interpolate(slab, sizes, mode=self.mode)
         mode = "bicubic" if self.mode == "bicubic" else _MODES[len(sizes)]
@@ -127,12 +140,9 @@ def _resize(scope: Scope, mode: str, align_corners: bool, scales: Any) -> RowRul
         scale = None if scales is None else scales[position]
         step = 1.0 / scale if scale else height / out_height
     # A scale that does not give the size exactly moves the coordinates of the other axes, too.
-    inexact = scales is not None and any(
-        scale and i != position and size * scale != new
-        for i, (scale, size, new) in enumerate(zip(scales, shape[2:], out[2:], strict=True))
-    )
-    if inexact and not align_corners:
-        return None
+    kept = None
+    if scales is not None and not align_corners:
+        kept = tuple(1.0 if i == position else scale for i, scale in enumerate(scales))
     same_width = all(a == b for i, (a, b) in enumerate(zip(shape, out, strict=True)) if i != axes.row)
     return Resize(
         mode,
@@ -143,6 +153,7 @@ def _resize(scope: Scope, mode: str, align_corners: bool, scales: Any) -> RowRul
         out_height,
         step,
         out[2:],
+        kept,
         same_width,
         (axes,),
     )
@@ -187,6 +198,7 @@ class AdaptivePool(RowRule):
     height: int
     out_height: int
     sizes: tuple[int, ...]
+    source_sizes: tuple[int, ...]
     axes: tuple[Axes, ...]
     family = "resize"
 
@@ -203,21 +215,43 @@ class AdaptivePool(RowRule):
         sizes[self.position] = 1
         dimensions = len(sizes)
         kind = "max" if self.maximum else "avg"
-        pool = getattr(functional, f"adaptive_{kind}_pool{dimensions}d")
+        pool = getattr(aten, f"adaptive_{kind}_pool{dimensions}d").default
         rows = []
         for row in range(tile.rows.lo, tile.rows.hi):
             source = self._source(row)
-            rows.append(pool(slab.narrow(self.axis, source.lo - start, source.length), sizes))
-        return torch.cat(rows, self.axis)
+            pooled = pool(slab.narrow(self.axis, source.lo - start, source.length), sizes)
+            rows.append((pooled[0], self._place(pooled[1], source)) if self.maximum else (pooled,))
+        results = tuple(torch.cat(column, self.axis) for column in zip(*rows, strict=True))
+        return results if self.maximum else results[0]
+
+    def _place(self, local: Tensor, source: Interval) -> Tensor:
+        """Flat positions within some rows -> flat positions within the map."""
+        result, place = torch.zeros_like(local), 1
+        for i in reversed(range(len(self.sizes))):
+            size = source.length if i == self.position else self.source_sizes[i]
+            coordinate, local = local % size, local // size
+            result = result + (coordinate + source.lo if i == self.position else coordinate) * place
+            place *= self.source_sizes[i]
+        return result
 
 
-@register("resize", aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default)
-def adaptive_average(scope: Scope) -> RowRule | None:
+@register(
+    "resize", aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default
+)
+def adaptive_average(scope: Scope) -> Reduction | RowRule | None:
     """``adaptive_avg_poolNd(input, output_size)``; one row is a reduction, and has its own rule."""
     return _adaptive(scope, False)
 
 
-def _adaptive(scope: Scope, maximum: bool) -> Any:
+@register(
+    "resize", aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default
+)
+def adaptive_maximum(scope: Scope) -> Reduction | RowRule | None:
+    """``adaptive_max_poolNd(input, output_size)`` to several rows: the values, and where they are."""
+    return _adaptive(scope, True)
+
+
+def _adaptive(scope: Scope, maximum: bool) -> Reduction | RowRule | None:
     if not scope.only_first_has_rows():
         return None
     shape, out = scope.shape(scope.node.args[0]), scope.output.shape
@@ -235,5 +269,12 @@ def _adaptive(scope: Scope, maximum: bool) -> Any:
         return None
     sizes = spatial_tuple(out[-dimensions:], dimensions)
     return AdaptivePool(
-        maximum, axes.row, position, shape[axes.row], out[axes.row], sizes, (axes,) * len(scope.node.outputs)
+        maximum,
+        axes.row,
+        position,
+        shape[axes.row],
+        out[axes.row],
+        sizes,
+        shape[-dimensions:],
+        (axes,) * len(scope.node.outputs),
     )

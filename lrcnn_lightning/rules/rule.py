@@ -1,4 +1,4 @@
-"""What a row rule is, and the registry that finds one for an operation.
+r"""What a row rule is, and the registry that finds one for an operation.
 
 A rule answers three questions about one node of the graph:
 
@@ -7,7 +7,7 @@ A rule answers three questions about one node of the graph:
     how is the operation called on a slab?                                         ``run``
 
     input map         0 . . lo ======== hi . . H         needed([a, b)) = [lo, hi)
-                             \\          /
+                              \          /
     output map          0 . . a ======= b . . H'         run(slab [lo, hi)) = slab [a, b)
 
 A `Reduction` consumes rows and yields a whole value: a partial result per row, merged, finished once (a barrier).
@@ -21,7 +21,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -192,14 +192,15 @@ class Reduction(ABC):
 
 
 Factory = Callable[[Scope], "RowRule | Reduction | None"]
+FactoryType = TypeVar("FactoryType", bound=Factory)
 
 _REGISTRY: dict[Any, tuple[str, Factory]] = {}
 
 
-def register(family: str, *operations: Any) -> Callable[[Factory], Factory]:
+def register(family: str, *operations: Any) -> Callable[[FactoryType], FactoryType]:
     """Decorator: the factory makes the rule of these ATen overloads (or `Operator`s)."""
 
-    def add(factory: Factory) -> Factory:
+    def add(factory: FactoryType) -> FactoryType:
         for operation in operations:
             if operation in _REGISTRY:
                 raise ValueError(f"{operation} already has a row rule")

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lrcnn_lightning.graph import Ref, references
 from lrcnn_lightning.rules.pointwise import AlongRows, cut_whole
 from lrcnn_lightning.rules.rule import Axes, Interval, RowRule, Scope, Tile, register
 from lrcnn_lightning.rules.window import pad_rows
@@ -47,7 +46,23 @@ def permute(scope: Scope) -> RowRule | None:
     return _moved(scope, order.index)
 
 
-@register("shape", aten.transpose.int)
+@register("shape", aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist)
+def movedim(scope: Scope) -> RowRule | None:
+    """``movedim(input, source, destination)``."""
+    # A tensor whose sizes number its dimensions shows where each one goes.
+    numbered = torch.empty(tuple(range(_rank(scope))), device="meta").movedim(*scope.node.args[1:3])
+    return _moved(scope, list(numbered.shape).index)
+
+
+@register("shape", aten.mT.default, aten.mH.default)
+def matrix_transpose(scope: Scope) -> RowRule | None:
+    """``input.mT``: the last two dimensions change places."""
+    first, second = _rank(scope) - 2, _rank(scope) - 1
+    swap = {first: second, second: first}
+    return _moved(scope, lambda d: swap.get(d, d))
+
+
+@register("shape", aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
 def transpose(scope: Scope) -> RowRule | None:
     """``transpose(input, dim0, dim1)``."""
     first, second = (d % _rank(scope) for d in scope.node.args[1:3])
@@ -295,6 +310,45 @@ class _Identity(RowRule):
         return slab
 
 
+@register("shape", aten.index.Tensor)
+def index(scope: Scope) -> RowRule | None:
+    """``input[:, order]``: one list of places along another dimension."""
+    given = [(dim, ref) for dim, ref in enumerate(scope.node.args[1]) if ref is not None]
+    axes = scope.of(scope.node.args[0])
+    if not scope.only_first_has_rows() or len(given) != 1 or len(scope.shape(given[0][1])) != 1:
+        return None
+    if given[0][0] == axes.row or scope.values[given[0][1].index].dtype is torch.bool:
+        return None
+    return AlongRows(scope.node.op, (Axes(axes.row, None if given[0][0] == axes.batch else axes.batch),))
+
+
+@register("shape", aten.channel_shuffle.default)
+def channel_shuffle(scope: Scope) -> RowRule | None:
+    """``channel_shuffle(input, groups)``: dimension 1."""
+    axes = scope.of(scope.node.args[0])
+    return AlongRows(scope.node.op, (axes,)) if scope.only_first_has_rows() and axes.row != 1 else None
+
+
+@register("shape", aten.topk.default, aten.sort.default, aten.argsort.default)
+def ordered(scope: Scope) -> RowRule | None:
+    """``topk(input, k, dim)``, ``sort(input, dim)`` along another dimension."""
+    axes = scope.of(scope.node.args[0])
+    dim = scope.argument(2 if scope.node.op is aten.topk.default else 1, "dim", -1) % _rank(scope)
+    if not scope.only_first_has_rows() or dim == axes.row:
+        return None
+    out = Axes(axes.row, None if dim == axes.batch else axes.batch)
+    return AlongRows(scope.node.op, (out,) * len(scope.node.outputs))
+
+
+@register("shape", aten.repeat_interleave.self_int)
+def repeat_interleave(scope: Scope) -> RowRule | None:
+    """``repeat_interleave(input, repeats, dim)`` along another dimension."""
+    axes, dim = scope.of(scope.node.args[0]), scope.argument(2, "dim")
+    if not scope.only_first_has_rows() or dim is None or dim % _rank(scope) == axes.row:
+        return None
+    return AlongRows(scope.node.op, (Axes(axes.row, None if dim % _rank(scope) == axes.batch else axes.batch),))
+
+
 @register("shape", aten.flip.default, aten.roll.default, aten.index_select.default)
 def reordered(scope: Scope) -> RowRule | None:
     """``flip``, ``roll``, ``index_select`` along other dimensions."""
@@ -430,15 +484,3 @@ def pad(scope: Scope) -> RowRule | None:
         if place < len(widths) and (widths[place] or widths[place + 1]):
             batch = None
     return PadRows(mode, value, axes.row, above, shape[axes.row], tuple(others), (Axes(axes.row, batch),))
-
-
-@register("shape", aten.matmul.default)
-def matmul(scope: Scope) -> RowRule | None:
-    """``matmul(map, matrix)`` with channels last and the row axis before the last dimension."""
-    axes, rank = scope.of(scope.node.args[0]), _rank(scope)
-    if not scope.only_first_has_rows() or not isinstance(scope.node.args[1], Ref):
-        return None
-    if len(scope.shape(scope.node.args[1])) != 2 or axes.row is None or axes.row >= rank - 1:
-        return None
-    assert len(list(references(scope.node.args))) == 2
-    return AlongRows(scope.node.op, (axes,))

@@ -57,15 +57,26 @@ class WindowGeometry:
         reach, needed = self.reach(output), self.needed(output)
         return needed.lo - reach.lo, reach.hi - needed.hi
 
+    def symmetric(self, output: Interval) -> tuple[int, int] | None:
+        """``(padding, skipped)``: the same padding on both sides, and how many rows of the result then come first.
+
+        The operation itself can run with that, and saves the slab and no padded copy of it. ``None`` where the result
+        would not line up with the stride.
+        """
+        above, below = self.missing(output)
+        padding = max(above, below, 0)
+        if (padding - above) % self.stride:
+            return None
+        return padding, (padding - above) // self.stride
+
 
 def pad_rows(slab: Tensor, axis: int, above: int, below: int, value: float = 0.0) -> Tensor:
     """``slab`` with rows of ``value`` added along ``axis``; negative counts cut rows off."""
-    if above == 0 and below == 0:
-        return slab
-    if above <= 0 and below <= 0:
-        return slab.narrow(axis, -above, slab.shape[axis] + above + below)
-    widths = [0, 0] * (slab.dim() - axis - 1) + [above, below]
-    return functional.pad(slab, widths, value=value)
+    length = slab.shape[axis] + above + below
+    if above > 0 or below > 0:
+        widths = [0, 0] * (slab.dim() - axis - 1) + [max(above, 0), max(below, 0)]
+        slab = functional.pad(slab, widths, value=value)
+    return slab if slab.shape[axis] == length else slab.narrow(axis, max(-above, 0), length)
 
 
 def spatial_tuple(value: Any, dimensions: int) -> tuple[int, ...]:
@@ -101,31 +112,37 @@ class Convolution(RowRule):
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> tuple[Any, ...]:
         slab, weight = args[0], args[1]
         bias = args[2] if len(args) > 2 else kwargs.get("bias")
-        above, below = self.geometry.missing(tile.rows)
         padding = [before for before, _ in self.padding]
-        symmetric = all(before == after for i, (before, after) in enumerate(self.padding) if i != self.position)
-        if symmetric and above == below and above >= 0:
-            padding[self.position] = above
-        else:
-            slab = pad_rows(slab, self.axis, above, below)
-            padding[self.position] = 0
-            if not symmetric:
-                for i, (before, after) in enumerate(self.padding):
-                    if i != self.position:
-                        slab = pad_rows(slab, self.axis - self.position + i, before, after)
-                        padding[i] = 0
-        return slab, weight, bias, list(self.stride), padding, list(self.dilation), self.groups
+        for i, (before, after) in enumerate(self.padding):
+            if i != self.position and before != after:
+                slab = pad_rows(slab, self.axis - self.position + i, before, after)
+                padding[i] = 0
+        symmetric = self.geometry.symmetric(tile.rows)
+        if symmetric is None:
+            slab = pad_rows(slab, self.axis, *self.geometry.missing(tile.rows))
+            symmetric = (0, 0)
+        padding[self.position], skipped = symmetric
+        return skipped, (slab, weight, bias, list(self.stride), padding, list(self.dilation), self.groups)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor:
         operation = (aten.conv1d, aten.conv2d, aten.conv3d)[len(self.stride) - 1].default
-        result: Tensor = operation(*self._prepare(args, kwargs, tile))
-        return result
+        skipped, call = self._prepare(args, kwargs, tile)
+        return _wanted(operation(*call), self.axis, skipped, tile)
 
     def hollow(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor | None:
         if args[0].dim() != len(self.stride) + 2:
             return None
-        slab, weight, bias, stride, padding, dilation, groups = self._prepare(args, kwargs, tile)
-        return hollow_convolution(slab, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+        skipped, call = self._prepare(args, kwargs, tile)
+        slab, weight, bias, stride, padding, dilation, groups = call
+        result = hollow_convolution(slab, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+        return _wanted(result, self.axis, skipped, tile)
+
+
+def _wanted(result: Tensor, axis: int, skipped: int, tile: Tile) -> Tensor:
+    """The rows of ``tile``, of a result that symmetric padding may have made longer."""
+    if result.shape[axis] == tile.rows.length:
+        return result
+    return result.narrow(axis, skipped, tile.rows.length)
 
 
 @register("window", aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
@@ -157,9 +174,7 @@ def convolution(scope: Scope) -> RowRule | None:
         kernel[position], stride[position], padding[position][0], dilation[position], shape[axes.row]
     )
     out = Axes(axes.row, axes.batch if len(shape) == dimensions + 2 else None)
-    return Convolution(
-        geometry, axes.row, position, stride, padding, dilation, scope.argument(6, "groups", 1), (out,)
-    )
+    return Convolution(geometry, axes.row, position, stride, padding, dilation, scope.argument(6, "groups", 1), (out,))
 
 
 @dataclass(frozen=True)
@@ -183,15 +198,21 @@ class MaxPool(RowRule):
         return self.geometry.needed(output)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Any:
-        above, below = self.geometry.missing(tile.rows)
         slab = args[0]
+        dimensions = len(self.kernel)
+        pools = (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
+        symmetric = self.geometry.symmetric(tile.rows)
+        if not self.indices and symmetric is not None and symmetric[0] <= self.geometry.kernel // 2:
+            padding = _without(self.padding, self.position, symmetric[0])
+            call = (list(self.kernel), list(self.stride), padding, list(self.dilation), self.ceil_mode)
+            return _wanted(pools[dimensions - 1](slab, *call), self.axis, symmetric[1], tile)
+        above, below = self.geometry.missing(tile.rows)
         lowest = float("-inf") if slab.is_floating_point() else torch.iinfo(slab.dtype).min
         slab = pad_rows(slab, self.axis, above, below, lowest)
-        dimensions = len(self.kernel)
         padding = _without(self.padding, self.position, 0)
         call = (list(self.kernel), list(self.stride), padding, list(self.dilation), self.ceil_mode)
         if not self.indices:
-            return (aten.max_pool1d, aten.max_pool2d, aten.max_pool3d)[dimensions - 1].default(slab, *call)
+            return pools[dimensions - 1](slab, *call)
         pool = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[dimensions - 1]
         values, local = pool(slab, *call, return_indices=True)
         return values, self._global_indices(local, slab, self.geometry.reach(tile.rows).lo)

@@ -1,0 +1,319 @@
+"""The oracle: plain autograd in float64 on the same module.
+
+Every output, every input gradient, every parameter gradient and every buffer is compared one by one; a gradient that
+is missing on one side only is a difference. There are no sums, no means, and no parameter is left out.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from lrcnn_lightning.engine.execute import execute, requires_grad_leaves
+from lrcnn_lightning.engine.rows import run_node
+from lrcnn_lightning.graph import Graph, Ref, ValueKind, capture, map_refs
+from lrcnn_lightning.plan.plan import Choices, build_plan
+from lrcnn_lightning.rules import Interval, Reduction, Role, RowGraph, RowRule, Tile, lower
+
+RELATIVE = 1e-9
+"""Of the largest element of the reference. Where that is below 1e-9 itself, the difference is taken as it is."""
+
+MODES = ("two_phase", "overlap")
+
+
+@dataclass
+class Observation:
+    """What one training step shows: a name for every tensor, and the tensor, or None where there is no gradient."""
+
+    tensors: dict[str, Tensor | None]
+
+
+def observe(
+    forward: Callable[..., Any], module: nn.Module, inputs: Sequence[Any], seed: int, differentiate: bool = True
+) -> Observation:
+    """Run ``forward`` and a backward pass from fixed random gradients of every output."""
+    given = [_leaf(x, differentiate) for x in inputs]
+    torch.manual_seed(seed)
+    with torch.set_grad_enabled(differentiate):
+        result = forward(*given)
+    outputs = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
+    generator = torch.Generator().manual_seed(seed + 1)
+    roots = [o for o in outputs if o.requires_grad]
+    seeds = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in roots]
+    if roots:
+        torch.autograd.backward(roots, seeds)
+    seen: dict[str, Tensor | None] = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+    seen.update({f"requires_grad of output {i}": torch.tensor(o.requires_grad) for i, o in enumerate(outputs)})
+    seen.update({f"gradient of input {i}": x.grad for i, x in enumerate(given) if isinstance(x, Tensor)})
+    seen.update({f"gradient of {name}": p.grad for name, p in module.named_parameters()})
+    seen.update({f"buffer {name}": b.clone() for name, b in module.named_buffers()})
+    return Observation(seen)
+
+
+def _leaf(x: Any, differentiate: bool) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    return x.detach().clone().requires_grad_(differentiate and x.is_floating_point() and x.requires_grad)
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    """The largest difference of an element, over the largest element of ``want`` where that is not about zero."""
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return float("inf")
+    if want.numel() == 0:
+        return 0.0
+    if want.dtype is torch.bool:
+        return float((got != want).any())
+    same = (got == want) | (got.isnan() & want.isnan())
+    gap = (got.double() - want.double()).abs().masked_fill(same, 0).max().item()
+    scale = want.double().masked_fill(~want.isfinite(), 0).abs().max().item()
+    if gap != gap:
+        return float("inf")
+    return gap / scale if scale > RELATIVE else gap
+
+
+def differences(got: Observation, want: Observation, tolerance: float = RELATIVE) -> list[str]:
+    """A line for everything that differs."""
+    lines = [f"{name}: on one side only" for name in got.tensors.keys() ^ want.tensors.keys()]
+    for name in want.tensors:
+        if name not in got.tensors:
+            continue
+        mine, theirs = got.tensors[name], want.tensors[name]
+        if mine is None or theirs is None:
+            if mine is not theirs:
+                lines.append(f"{name}: {'missing' if mine is None else 'present'}, plainly it is not")
+            continue
+        gap = difference(mine, theirs)
+        if not gap < tolerance:
+            lines.append(f"{name}: differs by {gap:.2e} of {theirs.double().abs().max().item():.2e}")
+    return lines
+
+
+def row_graph(module: nn.Module, inputs: Sequence[Any], axis: int | str = "auto") -> RowGraph:
+    """Capture and lower."""
+    return lower(capture(module, tuple(inputs)), axis)
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A deep copy; tensors with a history that a module carries (weight norm, pruning) are copied without it."""
+    memo: dict[int, Any] = {}
+    for child in module.modules():
+        for value in vars(child).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(module, memo)
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A deep copy; tensors with a history that a module carries (weight norm, pruning) are copied without it."""
+    memo: dict[int, Any] = {}
+    for child in module.modules():
+        for value in vars(child).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(module, memo)
+
+
+def wanting_gradients(inputs: Iterable[Any]) -> list[Any]:
+    """The inputs in float64, the floating ones requiring a gradient unless they are tagged by ``no_gradient``."""
+    result = []
+    for x in inputs:
+        if isinstance(x, Tensor) and x.is_floating_point():
+            x = x.detach().requires_grad_(not getattr(x, "frozen", False))
+        result.append(x)
+    return result
+
+
+def no_gradient(x: Tensor) -> Tensor:
+    """Tag an input as one that needs no gradient."""
+    x.frozen = True  # type: ignore[attr-defined]
+    return x
+
+
+def assert_exact(
+    module: nn.Module,
+    *inputs: Any,
+    modes: Sequence[str] = MODES,
+    rows: Sequence[int] = (1, 2, 5),
+    segments: Sequence[int] = (1, 2),
+    batch_chunks: Sequence[int] = (1,),
+    keep_narrow: Sequence[bool] = (True,),
+    train: bool = True,
+    axis: int | str = "auto",
+    seed: int = 0,
+    differentiate: bool = True,
+    choices: Sequence[Choices] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> RowGraph:
+    """Row-wise equals plain, under each combination of choices (or under the given ``choices``).
+
+    Parameters keep their ``requires_grad``; the module itself is not changed. Returns the row graph.
+    """
+    assert not kwargs, "give positional inputs"
+    module = twin(module).double().train(train)
+    given = wanting_gradients(inputs)
+    plain = twin(module)
+    want = observe(plain, plain, given, seed, differentiate)
+    graph = row_graph(module, given, axis)
+    leaves = requires_grad_leaves(graph.graph, module, given) if differentiate else frozenset()
+    if choices is None:
+        combinations = itertools.product(modes, rows, segments, batch_chunks, keep_narrow)
+        choices = [Choices(*combination) for combination in combinations]
+    for choice in choices:
+        fresh = twin(module)
+        plan = build_plan(graph, leaves, differentiate, choice)
+        got = observe(lambda *x, p=plan, m=fresh: execute(p, m, list(x)), fresh, given, seed, differentiate)
+        wrong = differences(got, want)
+        assert not wrong, f"{choice}:\n  " + "\n  ".join(wrong)
+    return graph
+
+
+# ------------------------------------------------------------------------------------------- rules, one by one
+
+
+def roles(graph: RowGraph) -> dict[str, list[str]]:
+    """Role -> names of the operations that have it and touch a map."""
+    result: dict[str, list[str]] = {"row": [], "reduce": [], "whole": []}
+    for node, role in zip(graph.nodes, graph.roles, strict=True):
+        if role is Role.WHOLE and not any(graph.is_map(i) for i in (*node.inputs, *node.outputs)):
+            continue
+        if role is not Role.PROLOGUE:
+            result[role.value].append(str(node.op))
+    return result
+
+
+def full_values(graph: RowGraph, module: nn.Module, inputs: Sequence[Tensor]) -> dict[int, Any]:
+    """Every value of the graph, from full tensors, without autograd."""
+    store: dict[int, Any] = {}
+    source: Graph = graph.graph
+    named = dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
+    for value in source.values:
+        if value.kind is ValueKind.INPUT:
+            store[value.index] = inputs[int(str(value.source))].detach()
+        elif value.kind in (ValueKind.PARAMETER, ValueKind.BUFFER):
+            store[value.index] = named[str(value.source)].detach().clone()
+        elif value.kind is ValueKind.CONSTANT:
+            store[value.index] = source.constants[str(value.source)]
+    with torch.no_grad():
+        for node in graph.nodes:
+            store.update(zip(node.outputs, run_node(node, store), strict=True))
+    return store
+
+
+def check_rules(module: nn.Module, *inputs: Tensor, axis: int | str = "auto") -> RowGraph:
+    """Every rule of the module's graph, on every interval: the slab is the rows of the full result (1e-12)."""
+    module = twin(module).double()
+    given = wanting_gradients(inputs)
+    graph = row_graph(module, given, axis)
+    torch.manual_seed(0)
+    store = full_values(graph, module, given)
+    for node, rule in zip(graph.nodes, graph.rules, strict=True):
+        if isinstance(rule, RowRule):
+            for interval in _intervals(graph.height(node.outputs[0])):
+                for batch in _batches(graph, node.outputs[0]):
+                    _check_row(graph, store, node, rule, Tile(interval, batch))
+        elif isinstance(rule, Reduction):
+            _check_reduction(graph, store, node, rule)
+    return graph
+
+
+def _intervals(height: int) -> list[Interval]:
+    """All intervals of a low map; of a higher one single rows, beginnings and ends."""
+    everything = [Interval(a, b) for a in range(height) for b in range(a + 1, height + 1)]
+    if height <= 9:
+        return everything
+    return [i for i in everything if i.length == 1 or i.lo == 0 or i.hi == height]
+
+
+def _batches(graph: RowGraph, output: int) -> list[Interval]:
+    """All samples, and the last one, if the batch can be divided at all."""
+    samples = graph.samples(output)
+    divisible = graph.batch_splits and samples > 1
+    return [Interval(0, samples), *([Interval(samples - 1, samples)] if divisible else [])]
+
+
+def _cut(tensor: Tensor, dimension: int | None, part: Interval) -> Tensor:
+    return tensor if dimension is None else tensor.narrow(dimension, part.lo, part.length)
+
+
+def _check_row(graph: RowGraph, store: dict[int, Any], node: Any, rule: RowRule, tile: Tile) -> None:
+    needed = rule.needed(tile.rows)
+    where = f"{node.op} of {node.name}, rows {tuple(tile.rows)}, samples {tuple(tile.batch)}"
+
+    def argument(ref: Ref) -> Any:
+        full = store[ref.index]
+        if not graph.is_map(ref.index):
+            return full
+        height = graph.height(ref.index)
+        assert 0 <= needed.lo < needed.hi <= height, f"{where}: needs {tuple(needed)} of {height} rows"
+        axes = graph.axes[ref.index]
+        return _cut(_cut(full, axes.row, needed), axes.batch if graph.batch_splits else None, tile.batch)
+
+    args, kwargs = map_refs(node.args, argument), map_refs(node.kwargs, argument)
+    with torch.no_grad():
+        result = rule.run(args, kwargs, tile)
+    slabs = tuple(result) if isinstance(result, (list, tuple)) else (result,)
+    for value, slab in zip(node.outputs, slabs, strict=True):
+        axes = graph.axes[value]
+        want = _cut(_cut(store[value], axes.row, tile.rows), axes.batch if graph.batch_splits else None, tile.batch)
+        if not graph.readers[value] and value not in graph.graph.output_values() and slab is slabs[0]:
+            continue  # an output that nobody reads may be a stand-in
+        gap = difference(slab, want)
+        assert gap < 1e-12, f"{where}: differs by {gap:.2e} (shapes {list(slab.shape)}, {list(want.shape)})"
+    if type(rule).hollow is not RowRule.hollow:
+        _check_hollow(rule, args, kwargs, tile, where)
+
+
+def _check_hollow(rule: RowRule, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile, where: str) -> None:
+    """The stand-in has the shape and the gradients of the operation."""
+    found = []
+    for call in (rule.run, rule.hollow):
+        leaves = [a.detach().clone().requires_grad_() if isinstance(a, Tensor) else a for a in args]
+        output = call(tuple(leaves), kwargs, tile)
+        if output is None:
+            return
+        generator = torch.Generator().manual_seed(0)
+        output.backward(torch.randn(output.shape, generator=generator, dtype=output.dtype))
+        found.append((tuple(output.shape), [a.grad for a in leaves if isinstance(a, Tensor)]))
+    (shape, gradients), (hollow_shape, hollow_gradients) = found
+    assert shape == hollow_shape, f"{where}: the stand-in has shape {hollow_shape}, not {shape}"
+    for mine, theirs in zip(hollow_gradients, gradients, strict=True):
+        assert difference(mine, theirs) < 1e-12, f"{where}: hollow gradient differs"
+
+
+def _check_reduction(graph: RowGraph, store: dict[int, Any], node: Any, rule: Reduction) -> None:
+    """Partial results of any split, merged, are the full result; injected slabs are the full gradient."""
+    index = node.inputs[0]
+    height, axes = graph.height(index), graph.axes[index]
+    leaf = store[index].detach().clone().requires_grad_()
+    args = map_refs(node.args, lambda ref: leaf if ref.index == index else store[ref.index])
+    result = node.op(*args, **node.kwargs)
+    outputs = tuple(result) if isinstance(result, (list, tuple)) else (result,)
+    roots = [o for o in outputs if o.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    seeds = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in roots]
+    (want,) = torch.autograd.grad(roots, [leaf], seeds)
+    by_output = iter(seeds)
+    gradients = [next(by_output) if o.requires_grad else None for o in outputs]
+    finished = [o.detach() for o in outputs]
+    splits = [[0, a, height] for a in range(1, height)] + [list(range(height + 1)), [0, height]]
+    for split in splits:
+        intervals = [Interval(a, b) for a, b in itertools.pairwise(split)]
+        state = None
+        for interval in intervals:
+            slab = _cut(leaf.detach(), axes.row, interval)
+            part = rule.partial(slab, node.args, node.kwargs)
+            state = part if state is None else rule.merge(state, part)
+            injected = rule.inject(slab, finished, gradients, node.args)
+            gap = difference(injected.expand(slab.shape).contiguous(), _cut(want, axes.row, interval).contiguous())
+            assert gap < 1e-12, f"{node.op}: gradient of rows {tuple(interval)} differs by {gap:.2e}"
+        assert state is not None
+        for mine, theirs in zip(rule.finish(state), finished, strict=True):
+            assert difference(mine, theirs) < 1e-12, f"{node.op} of {node.name}: split {split} differs"

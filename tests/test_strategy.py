@@ -1,0 +1,846 @@
+"""The strategies against Lightning's own on the same seeds: nothing that a user can see may differ but the memory."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib
+import inspect
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lrcnn_lightning
+from lrcnn_lightning import ConfigError, LRCNNDDPStrategy, LRCNNStrategy, RowConfig
+from lrcnn_lightning.rowwise import RowwiseForward
+from lrcnn_lightning.strategy import NAMES, register
+
+NAMESPACES = [
+    "lightning.pytorch",
+    pytest.param(
+        "pytorch_lightning",
+        marks=pytest.mark.skipif(importlib.util.find_spec("pytorch_lightning") is None, reason="not installed"),
+    ),
+]
+ROWWISE = [{"mode": "two_phase", "rows": 4}, {"mode": "overlap", "rows": 3, "segments": 2, "batch_chunks": 2}]
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "logger": False,
+}
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers", "ignore:.*LeafSpec", "ignore:.*is smaller than the logging interval"
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# Networks and data.  Parameters are few; each has a gradient that is not all rounding (no bias before BatchNorm).
+
+
+def body(channels: int = 3) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 6, 3, padding=1, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+    )
+
+
+class Steps:
+    """The user's steps; they know nothing of rows."""
+
+    def loss(self: Any, batch: Any, name: str) -> Tensor:
+        images, labels = batch
+        loss = nn.functional.cross_entropy(self(images), labels)
+        self.log(name, loss, on_epoch=True)
+        return loss
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(batch, "train_loss")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.loss(batch, "val_loss")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.loss(batch, "test_loss")
+
+    def predict_step(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0])
+
+    def configure_optimizers(self: Any) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)}
+
+
+class Task(Steps, LightningModule):
+    """An ordinary module: one network and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = body()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.body(images).mean((2, 3)))
+
+
+class Several(Task):
+    """Several sub-networks, one of them a list and one of them called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.ModuleList([nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()) for _ in range(2)])
+        self.decoder = nn.Sequential(nn.ConvTranspose2d(6, 3, 2, stride=2), nn.Tanh())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images = batch[0]
+        for stem in self.stem:
+            images = stem(images)
+        coded = self.body(images)
+        again = self.body(self.decoder(coded))
+        loss = nn.functional.mse_loss(self.decoder(again), batch[0])
+        self.log("train_loss", loss, on_epoch=True)
+        return loss + nn.functional.cross_entropy(self.head(coded.mean((2, 3))), batch[1])
+
+
+class Direct(Task):
+    """Layers hang directly on the LightningModule and are called through ``self(x)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.body
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.second = nn.Conv2d(4, 6, 3, stride=2, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.second(torch.relu(self.norm(self.first(images)))).mean((2, 3)))
+
+
+class Manual(Task):
+    """Manual optimization with two optimizers, as in adversarial training; backward runs inside the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Tanh())
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        images, labels = batch
+        critic, generator = self.optimizers()
+        self.toggle_optimizer(critic)
+        loss = nn.functional.cross_entropy(self(images), labels) + self(self.generator(images).detach()).square().mean()
+        critic.zero_grad()
+        self.manual_backward(loss)
+        critic.step()
+        self.untoggle_optimizer(critic)
+        self.toggle_optimizer(generator)
+        adversarial = nn.functional.cross_entropy(self(self.generator(images)), labels)
+        generator.zero_grad()
+        self.manual_backward(adversarial)
+        generator.step()
+        self.untoggle_optimizer(generator)
+        self.log("train_loss", loss + adversarial, on_epoch=True)
+
+    def configure_optimizers(self) -> Any:
+        critic = [*self.body.parameters(), *self.head.parameters()]
+        return torch.optim.SGD(critic, lr=0.05), torch.optim.SGD(self.generator.parameters(), lr=0.05)
+
+
+def loader(samples: int = 8) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(7)
+    images = torch.randn(samples, 3, 16, 12, generator=generator)
+    labels = torch.randint(0, 3, (samples,), generator=generator)
+    return DataLoader(TensorDataset(images, labels), batch_size=2)
+
+
+def fit(
+    strategy: Any, task: type[Any] = Task, *, trainer: type[Any] = Trainer, ckpt_path: str | None = None, **options: Any
+) -> tuple[Any, Any]:
+    """Train a new ``task`` for two epochs of four steps with validation; returns the Trainer and the module."""
+    seed_everything(1, verbose=False)
+    module = task()
+    made = trainer(strategy=strategy, **{**QUIET, "max_epochs": 2, "precision": "64-true", **options})
+    made.fit(module, loader(), loader(4), ckpt_path=ckpt_path)
+    return made, module
+
+
+def assert_same(expected: Any, actual: Any, tolerance: float, where: str = "") -> None:
+    """Equal, part by part; tensors and floats up to a tolerance relative to the largest element."""
+    assert type(expected) is type(actual), where
+    if isinstance(expected, Tensor):
+        assert expected.shape == actual.shape and expected.dtype == actual.dtype, where
+        if expected.is_floating_point():
+            error = (expected - actual).abs().max() if expected.numel() else torch.zeros(())
+            scale = expected.abs().max() if expected.numel() else torch.ones(())
+            assert float(error) <= tolerance * float(scale), f"{where}: {float(error)} of {float(scale)}"
+        else:
+            assert torch.equal(expected, actual), where
+    elif isinstance(expected, dict):
+        assert list(expected) == list(actual), where
+        for key in expected:
+            assert_same(expected[key], actual[key], tolerance, f"{where}.{key}")
+    elif isinstance(expected, (list, tuple)):
+        assert len(expected) == len(actual), where
+        for index, (one, other) in enumerate(zip(expected, actual, strict=True)):
+            assert_same(one, other, tolerance, f"{where}[{index}]")
+    elif isinstance(expected, float):
+        assert actual == pytest.approx(expected, rel=max(tolerance, 1e-12)), where
+    else:
+        assert expected == actual, where
+
+
+def checkpoint(trainer: Any, folder: Path, name: str) -> dict[str, Any]:
+    trainer.save_checkpoint(folder / name)
+    contents: dict[str, Any] = torch.load(folder / name, weights_only=False)
+    return contents
+
+
+def assert_same_run(plain: Any, ours: Any, tolerance: float, folder: Path) -> None:
+    assert_same(dict(plain.callback_metrics), dict(ours.callback_metrics), tolerance, "metrics")
+    assert "train_loss" in ours.callback_metrics
+    expected, actual = checkpoint(plain, folder, "plain.ckpt"), checkpoint(ours, folder, "ours.ckpt")
+    assert {"state_dict", "optimizer_states", "lr_schedulers", "loops", "epoch", "global_step"} <= set(actual)
+    assert_same(expected, actual, tolerance, "checkpoint")
+
+
+def patched(module: nn.Module) -> list[str]:
+    return [name for name, child in module.named_modules() if "forward" in vars(child)]
+
+
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    """Plain training, once for the tests that compare with the same run."""
+    return fit("auto")
+
+
+# Names, classes and options
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_gives_a_class_with_its_arguments(namespace: str, name: str) -> None:
+    registry = importlib.import_module(f"{namespace}.strategies").StrategyRegistry
+    kind, options = NAMES[name]
+    assert registry[name]["init_params"] == options
+    assert registry[name]["description"]
+    strategy = registry.get(name)
+    assert type(strategy) is registry[name]["strategy"]
+    assert type(strategy).__name__ == kind
+    assert isinstance(strategy, getattr(lrcnn_lightning, kind))
+    assert isinstance(strategy, importlib.import_module(f"{namespace}.strategies").Strategy)
+    assert strategy.config == RowConfig(**options)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_registering_again_changes_nothing(namespace: str) -> None:
+    registry = importlib.import_module(f"{namespace}.strategies").StrategyRegistry
+    before = dict(registry)
+    register()
+    importlib.reload(lrcnn_lightning)
+    assert dict(registry) == before
+
+
+@pytest.mark.parametrize("kind", [LRCNNStrategy, LRCNNDDPStrategy])
+def test_the_options_are_those_of_the_configuration(kind: Any) -> None:
+    base = next(cls for cls in kind.__mro__ if cls.__name__ == "_Rowwise")
+    parameters = inspect.signature(base.__init__).parameters
+    assert {name: p.default for name, p in parameters.items() if name not in ("self", "kwargs")} == {
+        field.name: field.default for field in fields(RowConfig)
+    }
+    options = {"mode": "overlap", "rows": 2, "segments": 3, "batch_chunks": 4, "memory_budget": "2GiB"}
+    options |= {"max_overhead": 0.5, "axis": 3, "modules": ["body"], "on_unsupported": "warn"}
+    assert kind(**options).config == RowConfig(**options)  # type: ignore[arg-type]
+    for name in options:
+        assert f"        {name}: " in kind.__doc__
+
+
+def test_a_wrong_option_is_refused() -> None:
+    with pytest.raises(ConfigError, match="rows must be"):
+        LRCNNStrategy(rows="four")
+    with pytest.raises(ConfigError, match=r"LRCNNStrategy has no option 'row' .*SingleDeviceStrategy\); did you mean"):
+        LRCNNStrategy(row=4)
+    with pytest.raises(ConfigError, match=r"LRCNNDDPStrategy has no option 'find_unused_parameter'.*did you mean"):
+        LRCNNDDPStrategy(find_unused_parameter=True)
+    assert LRCNNDDPStrategy(find_unused_parameters=True, rows=2)._ddp_kwargs == {"find_unused_parameters": True}
+
+
+def in_a_new_process(code: str) -> str:
+    repository = str(Path(lrcnn_lightning.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": repository}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+BLOCKED = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {names}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocked())
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name in {names} else find(name, package)
+"""
+
+
+def test_the_engine_works_without_lightning() -> None:
+    code = BLOCKED.format(names={"lightning", "pytorch_lightning"}) + (
+        "import torch, lrcnn_lightning as lr\n"
+        "net = torch.nn.Conv2d(3, 4, 3)\n"
+        "x = torch.randn(1, 3, 8, 8)\n"
+        "assert torch.allclose(net(x), lr.rowwise(net, mode='overlap', rows=2)(x), atol=1e-5)\n"
+        "try: lr.LRCNNStrategy\n"
+        "except ImportError as error: print(error)\n"
+    )
+    assert "install lightning or pytorch-lightning" in in_a_new_process(code)
+
+
+def test_importing_the_package_does_not_import_lightning_and_registers_when_it_is_imported() -> None:
+    code = (
+        "import sys, lrcnn_lightning\n"
+        "assert not any(name.partition('.')[0].endswith('lightning') for name in sys.modules if name[:5] != 'lrcnn')\n"
+        "from lightning.pytorch.strategies import StrategyRegistry\n"
+        "assert StrategyRegistry['lrcnn']['strategy'] is lrcnn_lightning.LRCNNStrategy\n"
+        "assert 'pytorch_lightning' not in sys.modules\n"
+    )
+    in_a_new_process(code)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pytorch_lightning") is None, reason="not installed")
+def test_pytorch_lightning_alone() -> None:
+    code = BLOCKED.format(names={"lightning"}) + (
+        "import pytorch_lightning, lrcnn_lightning, pickle\n"
+        "trainer = pytorch_lightning.Trainer(strategy='lrcnn_two_phase', logger=False, accelerator='cpu')\n"
+        "assert type(trainer.strategy) is lrcnn_lightning.LRCNNStrategy\n"
+        "assert type(pickle.loads(pickle.dumps(trainer.strategy))) is lrcnn_lightning.LRCNNStrategy\n"
+    )
+    in_a_new_process(code)
+
+
+# Training
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["lrcnn", "lrcnn_two_phase", "lrcnn_overlap", *ROWWISE, {"rows": 5}, {"memory_budget": None}],
+    ids=str,
+)
+def test_training_equals_plain_training(plain: Any, strategy: Any, tmp_path: Path) -> None:
+    trainer, module = fit(LRCNNStrategy(**strategy) if isinstance(strategy, dict) else strategy)
+    assert_same_run(plain[0], trainer, 1e-9, tmp_path)
+    assert list(trainer.strategy.plans) == ["body"]
+    chosen = trainer.strategy.plans["body"]
+    assert chosen.training
+    # The smallest networks fit any device, so the planner leaves them alone unless it is told otherwise.
+    wanted = strategy["mode"] if isinstance(strategy, dict) and "mode" in strategy else str(strategy)[6:]
+    assert chosen.mode == (wanted if wanted in ("two_phase", "overlap") else chosen.mode)
+    assert (chosen.mode == "plain") == (strategy == "lrcnn")
+    assert patched(module) == []
+
+
+@pytest.mark.parametrize("options", ROWWISE, ids=str)
+@pytest.mark.parametrize("precision, tolerance", [("32-true", 2e-4), ("bf16-mixed", 0.2)])
+def test_other_precisions(options: Any, precision: Any, tolerance: float, tmp_path: Path) -> None:
+    short = {"precision": precision, "max_epochs": 1, "limit_train_batches": 2}
+    plain, _ = fit("auto", **short)
+    ours, _ = fit(LRCNNStrategy(**options), **short)
+    assert_same_run(plain, ours, tolerance, tmp_path)
+
+
+@pytest.mark.parametrize("task", [Several, Direct, Manual])
+@pytest.mark.parametrize("options", ROWWISE, ids=str)
+def test_other_modules(task: Any, options: Any, tmp_path: Path) -> None:
+    plain, _ = fit("auto", task)
+    ours, module = fit(LRCNNStrategy(**options), task)
+    assert_same_run(plain, ours, 1e-9, tmp_path)
+    # "": through self(x), in Several only when it is validated
+    expected = {"Several": {"", "stem.0", "stem.1", "body", "decoder"}, "Direct": {""}, "Manual": {"", "generator"}}
+    assert set(ours.strategy.plans) == expected[task.__name__]
+    assert {plan.mode for plan in ours.strategy.plans.values()} == {options["mode"]}
+    assert patched(module) == []
+
+
+@pytest.mark.parametrize(
+    "trainer_options",
+    [
+        {"accumulate_grad_batches": 3},
+        {"gradient_clip_val": 0.05},
+        {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+    ],
+    ids=str,
+)
+def test_accumulation_and_clipping(trainer_options: Any, tmp_path: Path) -> None:
+    plain, _ = fit("auto", **trainer_options)
+    ours, _ = fit(LRCNNStrategy(**ROWWISE[0]), **trainer_options)
+    assert_same_run(plain, ours, 1e-9, tmp_path)
+
+
+def test_only_the_named_modules_run_row_wise(tmp_path: Path) -> None:
+    plain, _ = fit("auto", Several)
+    ours, _ = fit(LRCNNStrategy(mode="overlap", rows=2, modules=["decoder", "stem.1"]), Several)
+    assert_same_run(plain, ours, 1e-9, tmp_path)
+    assert set(ours.strategy.plans) == {"decoder", "stem.1"}
+
+
+@pytest.mark.parametrize("options", ROWWISE, ids=str)
+def test_validate_test_and_predict(plain: Any, options: Any) -> None:
+    module = copy.deepcopy(plain[1])
+    before = copy.deepcopy(module.state_dict())
+    results = []
+    for strategy in ("auto", LRCNNStrategy(**options)):
+        trainer = Trainer(strategy=strategy, precision="64-true", **QUIET)
+        results.append(
+            [
+                trainer.validate(module, loader(), verbose=False),
+                trainer.test(module, loader(), verbose=False),
+                trainer.predict(module, loader()),
+            ]
+        )
+        assert_same(before, module.state_dict(), 0, "weights")
+    assert_same(results[0], results[1], 1e-9, "results")
+    used = trainer.strategy.plans["body"]  # type: ignore[attr-defined]
+    assert (used.mode, used.training) == (options["mode"], False)
+
+
+def test_evaluation_after_training_leaves_the_training_plan() -> None:
+    trainer, module = fit(LRCNNStrategy(**ROWWISE[0]))
+    before = copy.deepcopy(module.state_dict())
+    trainer.test(module, loader(), verbose=False)
+    assert trainer.strategy.plans["body"].training
+    assert_same(before, module.state_dict(), 0, "weights")
+
+
+@pytest.mark.parametrize("first, second", [("auto", "lrcnn_two_phase"), ("lrcnn_overlap", "auto")])
+def test_a_checkpoint_moves_between_strategies(plain: Any, first: str, second: str, tmp_path: Path) -> None:
+    half, _ = fit(first, max_epochs=1)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    random = torch.get_rng_state()
+
+    class Resume(Callback):
+        def on_train_start(self, *_: Any) -> None:
+            torch.set_rng_state(random)  # dropout goes on where it was
+
+    resumed, _ = fit(second, ckpt_path=str(tmp_path / "half.ckpt"), callbacks=[Resume()], num_sanity_val_steps=0)
+    assert_same(plain[1].state_dict(), resumed.lightning_module.state_dict(), 1e-9, "weights")
+    assert resumed.global_step == plain[0].global_step
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("strategy", ["lrcnn_two_phase", lambda: LRCNNStrategy(mode="overlap", rows=3)])
+def test_one_class_serves_the_trainers_of_both_lightnings(plain: Any, namespace: str, strategy: Any) -> None:
+    library = importlib.import_module(namespace)
+    task = type("Task", (Steps, library.LightningModule), {"__init__": Task.__init__, "forward": Task.forward})
+
+    def initialise(self: Any) -> None:
+        library.LightningModule.__init__(self)
+        self.body, self.head = body(), nn.Linear(6, 3)
+
+    task.__init__ = initialise  # type: ignore[misc]
+    given = strategy if isinstance(strategy, str) else strategy()
+    trainer, module = fit(given, task, trainer=library.Trainer)
+    assert_same(plain[1].state_dict(), module.state_dict(), 1e-9, "weights")
+    assert isinstance(trainer.strategy, LRCNNStrategy)
+    assert isinstance(trainer.strategy, library.strategies.SingleDeviceStrategy)
+    assert type(trainer.strategy).__mro__[3].__module__.startswith(namespace)
+    if not isinstance(strategy, str):
+        assert trainer.strategy is given
+        assert given.config == RowConfig(mode="overlap", rows=3)
+        assert given.plans["body"].mode == "overlap"
+    assert type(pickle.loads(pickle.dumps(trainer.strategy))) is type(trainer.strategy)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pytorch_lightning") is None, reason="not installed")
+def test_a_subclass_serves_the_trainer_of_its_own_lightning() -> None:
+    class Mine(LRCNNStrategy):  # type: ignore[misc,valid-type]
+        pass
+
+    assert type(Trainer(strategy=Mine(), **QUIET).strategy) is Mine
+    other = importlib.import_module("pytorch_lightning")
+    with pytest.raises(ConfigError, match=r"derive it from `lrcnn_lightning\.strategy\.PytorchLightningLRCNNStrategy`"):
+        other.Trainer(strategy=Mine(), **QUIET)
+
+
+# What a Trainer does around the steps
+
+
+class Look(Callback):
+    """Runs a function at every hook between the steps."""
+
+    def __init__(self, look: Callable[[Any, Any], None]) -> None:
+        self.look = look
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self.look(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.look(trainer, pl_module)
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        self.look(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.look(trainer, pl_module)
+
+
+@pytest.mark.parametrize("task", [Task, Direct])
+def test_the_module_is_patched_only_while_a_step_runs(task: Any) -> None:
+    copies = []
+
+    def look(trainer: Any, module: Any) -> None:
+        assert patched(module) == []
+        copies.append(copy.deepcopy(module))
+
+    class Inside(task):  # type: ignore[misc,valid-type]
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            found = [child for child in self.modules() if isinstance(vars(child).get("forward"), RowwiseForward)]
+            assert found
+            return super().training_step(batch, batch_idx)
+
+    fit(LRCNNStrategy(**ROWWISE[0]), Inside, callbacks=[Look(look)], max_epochs=1)
+    assert copies and all(patched(made) == [] for made in copies)
+
+
+def test_an_exception_in_a_step_leaves_the_module_as_it_was() -> None:
+    class Failing(Task):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            super().training_step(batch, batch_idx)
+            raise KeyError("in the step")
+
+    seed_everything(1, verbose=False)
+    module = Failing()
+    module.head.forward = module.head.forward  # type: ignore[method-assign]  # a patch of the user's own stays
+    trainer = Trainer(strategy="lrcnn_two_phase", max_epochs=1, **QUIET)
+    with pytest.raises(KeyError, match="in the step"):
+        trainer.fit(module, loader())
+    assert patched(module) == ["head"]
+    assert trainer.strategy.plans["body"].mode == "two_phase"  # type: ignore[attr-defined]
+
+
+def test_an_out_of_memory_error_is_not_reworded() -> None:
+    class Full(Task):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.body(batch[0])
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory\.$"):
+        fit("lrcnn_two_phase", Full)
+
+
+def test_memory_is_released_after_the_run() -> None:
+    kept: list[Any] = []
+
+    class Watched(Task):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            kept.append(weakref.ref(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+    trainer, module = fit(LRCNNStrategy(**ROWWISE[0]), Watched, max_epochs=1)
+    strategy = trainer.strategy
+    plans, watched = strategy.plans, weakref.ref(module.body)
+    assert strategy._session is None and plans["body"].peak_bytes > 0
+    del trainer, module, strategy
+    gc.collect()
+    assert watched() is None, "a plan must not hold the module"
+    assert all(reference() is None for reference in kept)
+    assert plans["body"].graph.whole_nodes() == []
+
+
+@pytest.mark.parametrize("kind", [LRCNNStrategy, LRCNNDDPStrategy])
+def test_strategies_are_pickled_and_copied(kind: Any) -> None:
+    strategy = kind(mode="two_phase", rows=4, modules=["body"])
+    for made in (pickle.loads(pickle.dumps(strategy)), copy.deepcopy(strategy)):
+        assert type(made) is kind and made.config == strategy.config and made.plans == {}
+
+
+def test_a_used_strategy_is_pickled_and_copied_without_its_plans() -> None:
+    trainer, _ = fit(LRCNNStrategy(**ROWWISE[0]), max_epochs=1)
+    assert trainer.strategy.plans
+    for made in (pickle.loads(pickle.dumps(trainer.strategy)), copy.deepcopy(trainer.strategy)):
+        assert made.config == trainer.strategy.config and made.plans == {}
+
+
+def test_modules_made_in_configure_model(plain: Any) -> None:
+    class Late(Steps, LightningModule):
+        def configure_model(self) -> None:
+            if not hasattr(self, "body"):
+                self.body, self.head = body(), nn.Linear(6, 3)
+
+        forward = Task.forward
+
+    trainer, module = fit("lrcnn_two_phase", Late)
+    assert set(trainer.strategy.plans) == {"body"}
+    assert set(module.state_dict()) == set(plain[1].state_dict())
+
+
+def test_one_strategy_object_serves_several_runs() -> None:
+    strategy = LRCNNStrategy(**ROWWISE[0])
+    _, first = fit(strategy, max_epochs=1)
+    _, second = fit(strategy, max_epochs=1)
+    assert_same(first.state_dict(), second.state_dict(), 0, "weights")
+    with pytest.raises(ConfigError, match="lrcnn_ddp"):
+        Trainer(strategy=strategy, **{**QUIET, "devices": 2})
+
+
+# Reports and refusals
+
+
+def logged(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
+    messages: list[str] = []
+    monkeypatch.setattr(f"lightning.pytorch.utilities.rank_zero.{name}", lambda text, **_: messages.append(text))
+    return messages
+
+
+class Whole(nn.Module):
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps.flip(2).cumsum(2)
+
+
+def test_the_first_step_reports_what_runs_row_wise(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Partly(Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body.append(Whole())
+
+    messages = logged(monkeypatch, "rank_zero_info")
+    trainer, _ = fit(LRCNNStrategy(**ROWWISE[0]), Partly)
+    assert len(messages) == 1
+    plan = trainer.strategy.plans["body"]
+    assert "body (Sequential): two_phase, 4 rows, activation peak" in messages[0]
+    assert f"extra work {100 * plan.overhead:+.0f} % predicted" in messages[0]
+    assert "runs whole: aten.flip.default at body.8, aten.cumsum.default at body.8" in messages[0]
+
+    messages.clear()
+    fit("lrcnn")
+    assert "body (Sequential): plain PyTorch, which fits: activation peak" in messages[0]
+
+
+def test_inner_hooks_are_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hooked(Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+            self.body.register_forward_hook(self.count)
+            self.body[1].register_forward_hook(lambda *_: None)
+            torch.nn.utils.spectral_norm(self.body[0])  # a hook that computes a weight is part of the graph
+
+        def count(self, *_: Any) -> None:
+            self.calls += 1
+
+    messages = logged(monkeypatch, "rank_zero_warn")
+    _, module = fit(LRCNNStrategy(**ROWWISE[0]), Hooked, num_sanity_val_steps=0)
+    hooks = [message for message in messages if "hooks" in message]
+    assert len(hooks) == 1 and "body.1. Hooks" in hooks[0] and "body.0" not in hooks[0]
+    assert module.calls == 2 * (4 + 2), "a hook on the row-wise module itself runs"
+
+
+def test_a_module_without_convolutions_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dense(Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Identity()
+            self.head = nn.Linear(3, 3)
+
+    messages = logged(monkeypatch, "rank_zero_warn")
+    plain, _ = fit("auto", Dense)
+    ours, _ = fit("lrcnn_two_phase", Dense)
+    assert any("no submodule of Dense contains a convolution" in message for message in messages)
+    assert_same(plain.lightning_module.state_dict(), ours.lightning_module.state_dict(), 0, "weights")
+    assert ours.strategy.plans == {}
+
+
+def test_a_module_without_parameters() -> None:
+    class Nothing(LightningModule):
+        def predict_step(self, batch: Any) -> Tensor:
+            return batch[0].sum()
+
+    results = [Trainer(strategy=name, **QUIET).predict(Nothing(), loader()) for name in ("auto", "lrcnn")]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"devices": 2}, r"devices=2.*allowed: devices=1.*lrcnn_ddp"),
+        ({"num_nodes": 2}, r"num_nodes=2.*allowed: num_nodes=1.*lrcnn_ddp"),
+        ({"sync_batchnorm": True}, r"sync_batchnorm=True.*lrcnn_ddp"),
+    ],
+)
+@pytest.mark.parametrize("strategy", ["lrcnn_two_phase", LRCNNStrategy()])
+def test_one_device_only(strategy: Any, options: Any, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        Trainer(strategy=strategy, **{**QUIET, **options})
+
+
+def test_the_device_is_that_of_the_trainer_unless_given() -> None:
+    strategy = LRCNNStrategy()
+    assert strategy.root_device == torch.device("cpu") and strategy.parallel_devices == []
+    strategy.parallel_devices = [torch.device("cuda", 3)]  # as the Trainer does
+    assert strategy.root_device == torch.device("cuda", 3) and strategy.parallel_devices == []
+    assert LRCNNStrategy(device="cuda").parallel_devices == [torch.device("cuda", 0)]
+    trainer, module = fit(LRCNNStrategy(device="cpu", **ROWWISE[0]), accelerator="auto", max_epochs=1)
+    assert trainer.strategy.root_device == module.device == torch.device("cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("strategy", ["lrcnn_two_phase", LRCNNStrategy(mode="overlap", rows=4)])
+def test_a_name_runs_on_the_gpu_of_the_trainer(strategy: Any) -> None:
+    seen = []
+    options = {"accelerator": "gpu", "devices": 1, "max_epochs": 1}
+    plain, _ = fit("auto", **options)
+    _, module = fit(strategy, callbacks=[Look(lambda trainer, module: seen.append(module.device.type))], **options)
+    assert set(seen) == {"cuda"}
+    assert_same(plain.lightning_module.state_dict(), module.state_dict(), 1e-9, "weights")
+
+
+def test_a_name_of_no_module_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"modules='bodi': Task has no submodule.*body"):
+        fit(LRCNNStrategy(modules=["head", "bodi"]))
+
+
+def test_compiled_modules_are_refused() -> None:
+    class Compiled(Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = torch.compile(self.body)  # type: ignore[assignment]
+
+    class InPlace(Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body[0].compile()
+
+    with pytest.raises(ConfigError, match=r"^body is compiled \(torch.compile\).*leave out torch.compile"):
+        fit("lrcnn", Compiled)
+    with pytest.raises(ConfigError, match=r"^body\.0 is compiled"):
+        fit("lrcnn", InPlace)
+    with pytest.raises(ConfigError, match=r"^Task is compiled"):
+        Trainer(strategy="lrcnn", max_epochs=1, **QUIET).fit(torch.compile(Task()), loader())
+
+    class CompiledHead(Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head.compile(backend="eager")
+
+    trainer, _ = fit(LRCNNStrategy(**ROWWISE[0]), CompiledHead, max_epochs=1)
+    assert trainer.strategy.plans["body"].mode == "two_phase"
+
+
+# Command line
+
+
+def cli(arguments: list[str]) -> Any:
+    module = pytest.importorskip("lightning.pytorch.cli")
+    pytest.importorskip("jsonargparse")
+    defaults = {name: value for name, value in QUIET.items()}
+    made = module.LightningCLI(Task, run=False, save_config_callback=None, args=arguments, trainer_defaults=defaults)
+    return made.trainer.strategy
+
+
+def test_the_command_line_of_lightning(tmp_path: Path) -> None:
+    strategy = cli(["--trainer.strategy=lrcnn_overlap"])
+    assert type(strategy) is LRCNNStrategy and strategy.config == RowConfig(mode="overlap")
+    strategy = cli(
+        [
+            "--trainer.strategy=lrcnn_lightning.LRCNNStrategy",
+            "--trainer.strategy.rows=4",
+            "--trainer.strategy.memory_budget=2GiB",
+            "--trainer.strategy.modules=[body, head]",
+        ]
+    )
+    assert strategy.config == RowConfig(rows=4, memory_budget="2GiB", modules=["body", "head"])
+    assert strategy.parallel_devices == []
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "trainer:\n  strategy:\n    class_path: lrcnn_lightning.LRCNNDDPStrategy\n"
+        "    init_args: {mode: two_phase, rows: auto, max_overhead: 1, find_unused_parameters: true}\n"
+    )
+    strategy = cli(["--config", str(config)])
+    assert type(strategy) is LRCNNDDPStrategy and strategy.config == RowConfig(mode="two_phase", max_overhead=1.0)
+    assert strategy._ddp_kwargs["find_unused_parameters"] is True
+
+
+# Several processes
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def in_two_processes() -> None:
+    """What each of the two processes runs: DDP training, plain and row-wise, compared."""
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    options: dict[str, Any] = {"devices": 2, "max_epochs": 1}
+    for task, kwargs in ((Task, {}), (Direct, {}), (Manual, {"find_unused_parameters": True})):
+        plain, _ = fit("ddp_find_unused_parameters_true" if kwargs else "ddp", task, **options)
+        strategy = LRCNNDDPStrategy(**ROWWISE[task is Direct], **kwargs)
+        ours, module = fit(strategy, task, **options)
+        assert_same(plain.lightning_module.state_dict(), module.state_dict(), 1e-9, task.__name__)
+        assert_same(dict(plain.callback_metrics), dict(ours.callback_metrics), 1e-9, task.__name__)
+        assert {plan.mode for plan in strategy.plans.values()} == {strategy.config.mode}
+        every = strategy.all_gather(module.head.weight.detach())
+        assert torch.equal(every[0], every[1]), "the processes have different weights"
+        assert not any(isinstance(vars(child).get("forward"), RowwiseForward) for child in module.modules())
+    accumulated = [fit(name, accumulate_grad_batches=2, **options)[1] for name in ("ddp", "lrcnn_ddp_two_phase")]
+    assert_same(accumulated[0].state_dict(), accumulated[1].state_dict(), 1e-9, "accumulation")
+    with pytest.raises(ConfigError, match=r"body\.1 synchronises BatchNorm"):
+        fit("lrcnn_ddp_two_phase", sync_batchnorm=True, **options)
+    (folder / os.environ["LOCAL_RANK"]).touch()
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0"}
+    environment |= {"PYTHONPATH": str(Path(lrcnn_lightning.__file__).parents[1]), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(tmp_path)],
+            env={**environment, "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+
+
+if __name__ == "__main__":
+    in_two_processes()
