@@ -148,15 +148,27 @@ def _metadata(leaf: Any) -> Any:
     return leaf
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 @contextlib.contextmanager
 def _put_back(module: nn.Module, previous: Callable[..., Any] | None) -> Iterator[None]:
-    """The module with its own forward, for the time of the capture."""
+    """The module with its own forward and without its own hooks, for the time of the capture.
+
+    Hooks on the module itself run around every call, outside of the graph; tracing must not run them as well. Those
+    by which PyTorch computes a weight (old-style weight norm, pruning) stay: they are part of the computation.
+    """
     present = module.__dict__.pop("forward", None)
     if previous is not None:
         module.__dict__["forward"] = previous
+    hooks = {name: module.__dict__[name] for name in _HOOKS}
+    for name, table in hooks.items():
+        kept = ((k, hook) for k, hook in table.items() if type(hook).__module__.startswith("torch.nn.utils."))
+        module.__dict__[name] = OrderedDict(kept)
     try:
         yield
     finally:
+        module.__dict__.update(hooks)
         module.__dict__.pop("forward", None)
         if present is not None:
             module.__dict__["forward"] = present

@@ -178,23 +178,22 @@ class _Rowwise(Strategy):
             return
 
     def setup(self, trainer: Trainer) -> None:
-        super().setup(trainer)
         module = self.lightning_module
         assert module is not None
-        session = RowwiseSession(module, self._config)
-        self._check(trainer, module, session)
-        if not session.forwards:
+        self._check(trainer, module, RowwiseSession(module, self._config))
+        super().setup(trainer)
+        self._session = RowwiseSession(module, self._config)  # precision plugins may have replaced submodules
+        if not self._session.forwards:
             self._rank_zero("rank_zero_warn")(
                 f"strategy {type(self).__name__}: no submodule of {type(module).__name__} contains a convolution; "
                 "everything runs as it would without the strategy"
             )
-        self._session = session
         self._reported = False
         if trainer.state.fn == "fit":
             self._plans = {}
 
     def _check(self, trainer: Trainer, module: nn.Module, session: RowwiseSession) -> None:
-        """Raise for what cannot run row by row."""
+        """Raise for what cannot run row by row, before anything has been moved or wrapped."""
         _refuse_compiled(module, session)
 
     def teardown(self) -> None:
@@ -342,7 +341,8 @@ class _Parallel(_Rowwise, DDPStrategy):
             return
         for name, forward in session.forwards.items():
             for path, child in forward.module.named_modules():
-                if isinstance(child, nn.SyncBatchNorm):
+                converted = self._layer_sync is not None and isinstance(child, nn.modules.batchnorm._BatchNorm)
+                if converted or isinstance(child, nn.SyncBatchNorm):
                     raise ConfigError(
                         f"{_path(name, path)} synchronises BatchNorm between the processes, and a row-wise module "
                         "merges the moments of its own process only: use sync_batchnorm=False, or name in `modules` "

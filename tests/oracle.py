@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten
 from lrcnn_lightning.engine.execute import execute, requires_grad_leaves
 from lrcnn_lightning.engine.rows import run_node
 from lrcnn_lightning.graph import Graph, Ref, ValueKind, capture, map_refs
+from lrcnn_lightning.plan.keeping import Keeping
 from lrcnn_lightning.plan.plan import Choices, build_plan
 from lrcnn_lightning.rules import Interval, Reduction, Role, RowGraph, RowRule, Tile, lower
 
@@ -26,6 +27,7 @@ RELATIVE = 1e-9
 """Of the largest element of the reference. Where that is below 1e-9 itself, the difference is taken as it is."""
 
 MODES = ("two_phase", "overlap")
+KEEPINGS: tuple[Keeping, ...] = ("lean", "narrow", "borders")
 
 
 @dataclass
@@ -111,16 +113,6 @@ def twin(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def twin(module: nn.Module) -> nn.Module:
-    """A deep copy; tensors with a history that a module carries (weight norm, pruning) are copied without it."""
-    memo: dict[int, Any] = {}
-    for child in module.modules():
-        for value in vars(child).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(module, memo)
-
-
 def wanting_gradients(inputs: Iterable[Any]) -> list[Any]:
     """The inputs in float64, the floating ones requiring a gradient unless they are tagged by ``no_gradient``."""
     result = []
@@ -144,27 +136,29 @@ def assert_exact(
     rows: Sequence[int] = (1, 2, 5),
     segments: Sequence[int] = (1, 2),
     batch_chunks: Sequence[int] = (1,),
-    keep_narrow: Sequence[bool] = (True,),
-    train: bool = True,
+    keeping: Sequence[Keeping] = ("lean",),
+    train: bool | None = True,
     axis: int | str = "auto",
     seed: int = 0,
     differentiate: bool = True,
     choices: Sequence[Choices] | None = None,
-    kwargs: Mapping[str, Any] | None = None,
+    graph: RowGraph | None = None,
 ) -> RowGraph:
     """Row-wise equals plain, under each combination of choices (or under the given ``choices``).
 
-    Parameters keep their ``requires_grad``; the module itself is not changed. Returns the row graph.
+    Parameters keep their ``requires_grad``; the module itself is not changed. ``graph`` is that of the same module in
+    the same state, if it is there already; ``train`` None leaves each submodule in its state. Returns the row graph.
     """
-    assert not kwargs, "give positional inputs"
-    module = twin(module).double().train(train)
+    module = twin(module).double()
+    if train is not None:
+        module.train(train)
     given = wanting_gradients(inputs)
     plain = twin(module)
     want = observe(plain, plain, given, seed, differentiate)
-    graph = row_graph(module, given, axis)
+    graph = graph or row_graph(module, given, axis)
     leaves = requires_grad_leaves(graph.graph, module, given) if differentiate else frozenset()
     if choices is None:
-        combinations = itertools.product(modes, rows, segments, batch_chunks, keep_narrow)
+        combinations = itertools.product(modes, rows, segments, batch_chunks, keeping)
         choices = [Choices(*combination) for combination in combinations]
     for choice in choices:
         fresh = twin(module)

@@ -16,12 +16,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
 
-from tests.oracle import assert_exact, check_rules, no_gradient, roles
+from lrcnn_lightning.plan.plan import Choices
+from tests.oracle import MODES, assert_exact, check_rules, no_gradient, roles
 
 N, C, H, W = 2, 4, 9, 7
 MAP = (N, C, H, W)
 LINE = (N, C, 11)
 VOLUME = (N, C, 6, 5, 4)
+
+
+CHOICES = [
+    *[Choices(mode, rows, 1) for mode in MODES for rows in (1, 2, 5)],
+    *[Choices(mode, 3, 2, 2, "borders") for mode in MODES],
+    *[Choices(mode, 100, 2, 2, "narrow") for mode in MODES],
+]
 
 
 @dataclass
@@ -69,8 +77,7 @@ def verify(case: Case) -> None:
     whole = [name.removeprefix("aten.") for name in found["whole"]]
     assert whole == list(case.whole), found
     assert len(found["reduce"]) == case.reduce, found
-    assert_exact(module, x, train=case.train, axis=case.axis, rows=(1, 2, 5), segments=(1,), batch_chunks=(1,), seed=3)
-    assert_exact(module, x, train=case.train, axis=case.axis, rows=(3, 100), segments=(2,), batch_chunks=(2,), seed=3)
+    assert_exact(module, x, train=case.train, axis=case.axis, seed=3, choices=CHOICES, graph=graph)
 
 
 def table(*cases: Case) -> Any:
@@ -260,11 +267,11 @@ def test_average_pool(case: Case) -> None:
     pool("maximum 1d", nn.AdaptiveMaxPool1d, 4, shape=LINE),
     pool("maximum 3d", nn.AdaptiveMaxPool3d, (4, 2, 3), shape=VOLUME),
     pool("maximum 3d indices", nn.AdaptiveMaxPool3d, (4, 2, 3), return_indices=True, shape=VOLUME),
-    pool("maximum to 1", nn.AdaptiveMaxPool2d, 1, whole=["pick_maximum"]),
-    pool("maximum to 1, indices", nn.AdaptiveMaxPool2d, 1, return_indices=True, whole=["pick_maximum"]),
-    pool("maximum to 1 along columns", nn.AdaptiveMaxPool2d, 1, whole=["pick_maximum"], axis=3),
-    pool("maximum 1d to 1", nn.AdaptiveMaxPool1d, 1, whole=["pick_maximum"], shape=LINE),
-    pool("maximum 3d to 1", nn.AdaptiveMaxPool3d, 1, whole=["pick_maximum"], shape=VOLUME, axis=3),
+    pool("maximum to 1", nn.AdaptiveMaxPool2d, 1, whole=["rowwise.pick_maximum"]),
+    pool("maximum to 1, indices", nn.AdaptiveMaxPool2d, 1, return_indices=True, whole=["rowwise.pick_maximum"]),
+    pool("maximum to 1 along columns", nn.AdaptiveMaxPool2d, 1, whole=["rowwise.pick_maximum"], axis=3),
+    pool("maximum 1d to 1", nn.AdaptiveMaxPool1d, 1, whole=["rowwise.pick_maximum"], shape=LINE),
+    pool("maximum 3d to 1", nn.AdaptiveMaxPool3d, 1, whole=["rowwise.pick_maximum"], shape=VOLUME, axis=3),
 )
 def test_adaptive_pool(case: Case) -> None:
     verify(case)
@@ -591,11 +598,11 @@ class Attention(nn.Module):
 @table(
     Case("squeeze and excitation by mean", lambda: SqueezeExcitation("mean"), reduce=1),
     Case("squeeze and excitation by pool", lambda: SqueezeExcitation("average"), reduce=1),
-    Case("squeeze and excitation by both", lambda: SqueezeExcitation("both"), reduce=1, whole=["pick_maximum"]),
+    Case("squeeze and excitation by both", lambda: SqueezeExcitation("both"), reduce=1, whole=["rowwise.pick_maximum"]),
     Case("global response", GlobalResponse, reduce=1),
     Case("ConvNeXt", ConvNeXtBlock),
     Case("ConvNeXt V2", lambda: ConvNeXtBlock(True), reduce=1),
-    Case("CBAM", Attention, reduce=1, whole=["pick_maximum"]),
+    Case("CBAM", Attention, reduce=1, whole=["rowwise.pick_maximum"]),
 )
 def test_block(case: Case) -> None:
     verify(case)

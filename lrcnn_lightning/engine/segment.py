@@ -72,7 +72,7 @@ def run_segment(call: SegmentCall, tensors: list[Tensor]) -> tuple[Tensor, ...]:
 class _Segment(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: SegmentCall, *tensors: Tensor) -> tuple[Tensor, ...]:
-        program, graph = call.program, call.graph
+        program = call.program
         ctx.set_materialize_grads(False)
         ctx.call = call
         ctx.ambient = _Ambient.now({tensor.device.type for tensor in tensors} | {"cpu"})
@@ -91,8 +91,8 @@ class _Segment(torch.autograd.Function):
                         keys.append((name, place, value))
                         carried.append(slab)
             ctx.carry_keys = keys
-            ctx.save_for_backward(*tensors, *kept, *carried)
-        del graph
+            ctx.dtypes = [tensor.dtype for tensor in tensors]
+            ctx.save_for_backward(*kept, *carried)
         return outputs
 
     @staticmethod
@@ -132,8 +132,8 @@ def _run_backward(ctx: Any, output_gradients: tuple[Tensor | None, ...]) -> tupl
     call: SegmentCall = ctx.call
     program, graph = call.program, call.graph
     saved = list(ctx.saved_tensors)
-    borders = len(program.inputs) + len(program.kept)
-    store: dict[int, Any] = dict(zip((*program.inputs, *program.kept), saved[:borders], strict=True))
+    borders = len(program.kept)
+    store: dict[int, Any] = dict(zip(program.kept, saved[:borders], strict=True))
     carries: dict[str, Carries] = {}
     for (name, place, value), slab in zip(ctx.carry_keys, saved[borders:], strict=True):
         carries.setdefault(name, {}).setdefault(place, {})[value] = slab
@@ -166,8 +166,8 @@ def _run_backward(ctx: Any, output_gradients: tuple[Tensor | None, ...]) -> tupl
     results: list[Tensor | None] = []
     for position, index in enumerate(program.inputs):
         gradient = gradients.pop(index) if ctx.needs_input_grad[1 + position] else None
-        if gradient is not None and gradient.dtype != store[index].dtype:
-            gradient = gradient.to(store[index].dtype)
+        if gradient is not None and gradient.dtype != ctx.dtypes[position]:
+            gradient = gradient.to(ctx.dtypes[position])
         results.append(gradient)
     return tuple(results)
 
@@ -181,7 +181,7 @@ def _backward_whole(call: SegmentCall, position: int, store: dict[int, Any], gra
     leaves: dict[int, Any] = {}
     for index in node.inputs:
         tensor = store[index].detach()
-        leaves[index] = tensor.requires_grad_() if tensor.is_floating_point() or tensor.is_complex() else tensor
+        leaves[index] = tensor.requires_grad_() if index in call.program.differentiable else tensor
     state = call.random.get(position)
     with _replayed(state), torch.enable_grad():
         outputs = run_node(node, leaves)

@@ -114,8 +114,9 @@ Step = RunRows | RunWhole | Effect | Sweep | BackwardRows | BackwardWhole | Free
 class SegmentProgram:
     """One segment.
 
-    ``inputs`` and ``outputs`` are values at its borders (inputs include parameters and prologue values); ``kept``
-    values of its inside that live until its backward pass.
+    ``inputs`` and ``outputs`` are values at its borders (inputs include parameters and prologue values); ``kept`` are
+    the values, of its inside and of its inputs, that its backward pass reads. A running statistic that is only
+    updated is not among them, so a later call may change it.
     """
 
     name: str
@@ -126,6 +127,7 @@ class SegmentProgram:
     forward: tuple[Step, ...]
     backward: tuple[Step, ...]
     plain: bool = False
+    differentiable: frozenset[int] = frozenset()
     residencies: Residencies = field(default_factory=dict)
 
 
@@ -177,6 +179,7 @@ class ProgramBuilder:
             tuple(forward),
             tuple(backward),
             False,
+            frozenset(self.differentiable) if training else frozenset(),
             self.residencies,
         )
 
@@ -304,7 +307,8 @@ class ProgramBuilder:
             )
             steps.insert(0, RunRows(loop))
         needed = {index for step in steps for index in _reads(graph, step)}
-        kept = tuple(sorted(i for i in self.inside if self._at_hand(i) and i in needed))
+        at_hand = {*self.inputs, *(i for i in self.inside if self._at_hand(i))}
+        kept = tuple(sorted(at_hand & needed))
         return self._with_backward_frees(steps), kept, used
 
     def _at_hand(self, index: int) -> bool:

@@ -1,13 +1,16 @@
 """Choosing a plan: candidates are built and priced by the cost model, and one is chosen by what was asked for.
 
 With a budget: the fastest plan predicted to fit. Without: the plan of least memory whose extra work is within
-``max_overhead``. Numbers that the user gave are not varied.
+``max_overhead``, or the fastest if none is. Numbers that the user gave are not varied.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -45,52 +48,89 @@ def choose_plan(
             budget = int(free_bytes(device) * _SHARE_OF_FREE)
         else:
             budget = None
-    best: Plan | None = None
-    least: Plan | None = None
     if config.mode == "auto" and free_choice and budget is not None:
         plain = plain_plan(graph, leaves, training)
         if plain.peak_bytes <= budget:
             return plain
-    for choices in _candidates(graph, config, height, training):
-        plan = build_plan(graph, leaves, training, choices)
-        if least is None or plan.peak_bytes < least.peak_bytes:
-            least = plan
-        if budget is not None:
-            if plan.peak_bytes <= budget and (best is None or plan.cost.seconds < best.cost.seconds):
-                best = plan
-        elif plan.overhead <= config.max_overhead and (best is None or plan.peak_bytes < best.peak_bytes):
-            best = plan
-    assert least is not None
-    if best is None and budget is not None:
+    search = _Search(graph, leaves, training, budget, config.max_overhead)
+    for options in _stages(graph, config, height, training):
+        search.vary(options)
+    best = search.best
+    assert best is not None
+    if budget is not None and best.peak_bytes > budget:
         raise PlanError(
             f"no plan fits memory_budget={format_size(budget)}: the least peak of activation memory that was found is "
-            f"{format_size(least.peak_bytes)} ({least.choices.rows} rows, {least.choices.segments} segments); plain "
-            f"PyTorch would take {format_size(least.plain_peak_bytes)}. What helps: a smaller batch or image, half "
+            f"{format_size(best.peak_bytes)} ({best.choices.rows} rows, {best.choices.segments} segments); plain "
+            f"PyTorch would take {format_size(best.plain_peak_bytes)}. What helps: a smaller batch or image, half "
             "precision, freezing the first layers, or a larger budget"
         )
-    return best or least
+    return best
 
 
-def _candidates(graph: RowGraph, config: RowConfig, height: int, training: bool) -> Iterator[Choices]:
-    modes = ("two_phase", "overlap") if config.mode == "auto" else (config.mode,)
-    if config.mode == "auto" and config.rows == "auto":
-        modes = ("two_phase",)
+class _Search:
+    """Tries choices around the best ones so far."""
+
+    def __init__(
+        self,
+        graph: RowGraph,
+        leaves: Collection[int],
+        training: bool,
+        budget: int | None,
+        max_overhead: float,
+    ) -> None:
+        self.graph, self.leaves, self.training = graph, leaves, training
+        self.budget, self.max_overhead = budget, max_overhead
+        self.tried: dict[Choices, Plan] = {}
+        self.best: Plan | None = None
+
+    def vary(self, options: dict[str, Sequence[Any]]) -> None:
+        """Try all combinations of these options, the others being those of the best plan so far."""
+        base = Choices() if self.best is None else self.best.choices
+        for values in itertools.product(*options.values()):
+            choices = replace(base, **dict(zip(options, values, strict=True)))
+            if choices not in self.tried:
+                plan = build_plan(self.graph, self.leaves, self.training, choices)
+                self.tried[choices] = plan
+                if self.best is None or self._rank(plan) < self._rank(self.best):
+                    self.best = plan
+
+    def _rank(self, plan: Plan) -> tuple[float, ...]:
+        """Smaller is better. With a budget: fitting plans by time, others by memory. Without: plans within the
+        allowed overhead by memory, others by time."""
+        if self.budget is not None:
+            fits = plan.peak_bytes <= self.budget
+            return (0, plan.cost.seconds) if fits else (1, plan.peak_bytes)
+        allowed = plan.overhead <= self.max_overhead
+        return (0, plan.peak_bytes) if allowed else (1, plan.overhead)
+
+
+def _stages(graph: RowGraph, config: RowConfig, height: int, training: bool) -> Iterator[dict[str, Sequence[Any]]]:
+    """Which options are varied together, in order: where borders stand and what is kept, then rows, then chunks."""
     rows = [config.rows] if isinstance(config.rows, int) else [r for r in _ROWS if 2 * r <= height] or [1]
-    segments = [config.segments] if isinstance(config.segments, int) else list(_SEGMENTS)
+    segments = [config.segments] if isinstance(config.segments, int) else list(_SEGMENTS if training else (1,))
     samples = max((graph.samples(value.index) for value in graph.graph.inputs), default=1)
     chunks = [config.batch_chunks] if isinstance(config.batch_chunks, int) else [1]
     if config.batch_chunks == "auto" and samples > 1 and graph.batch_splits:
-        chunks = sorted({1, min(samples, 4), samples} if samples <= 8 else {1, 4, samples // 2})
-    barriers = training and any(role is Role.REDUCE for role in graph.roles[:-1])
-    keeps: tuple[Keeping, ...] = ("lean", "narrow", "borders") if barriers else ("borders",)
-    if not training:
-        segments = segments[:1]
-    for mode in modes:
-        for count in rows:
-            for parts in segments:
-                for chunk in chunks:
-                    for keep in keeps:
-                        yield Choices(mode, count, parts, chunk, keep)
+        chunks = sorted({1, min(samples, 4), max(1, samples // 4), samples})
+    barriers = training and any(role is Role.REDUCE for role in graph.roles)
+    keepings: list[Keeping] = ["lean", "narrow", "borders"] if barriers else ["borders"]
+    modes = [config.mode]
+    if config.mode == "auto":
+        modes = ["two_phase"]
+    middle = rows[len(rows) // 2]
+    first_chunks = chunks[len(chunks) // 2]
+    yield {
+        "mode": modes,
+        "rows": [middle],
+        "batch_chunks": [first_chunks],
+        "segments": segments[::2] if len(segments) > 2 else segments,
+        "keeping": keepings,
+    }
+    yield {"rows": rows, "batch_chunks": chunks}
+    yield {"segments": segments}
+    if config.mode == "auto":
+        yield {"mode": ["two_phase", "overlap"]}
+    yield {"rows": rows}
 
 
 def free_bytes(device: torch.device) -> int:

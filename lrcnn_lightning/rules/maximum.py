@@ -109,7 +109,7 @@ def _line_maximum(x: Tensor, row: int, first: int = 0, height: int | None = None
     """
     sizes = list(x.shape[2:])
     others = [size for dim, size in enumerate(sizes, 2) if dim != row]
-    values, local = x.movedim(row, 2).flatten(3).max(-1)
+    values, local = x.movedim(row, 2).unsqueeze(-1).flatten(3).max(-1)
     rows = torch.arange(first, first + x.shape[row], device=x.device)
     if height is not None:
         sizes[row - 2] = height

@@ -49,7 +49,7 @@ class TransposedConvolution(RowRule):
         lo = -((self._span - output.lo - padding) // stride)
         hi = (output.hi - 1 + padding) // stride + 1
         # Rows that no input reaches (stride above kernel, output padding) are made from the input row above them.
-        lo = min(max(min(lo, hi - 1), 0), self.height - 1)
+        lo = min(max(min(lo, (output.lo + padding) // stride), 0), self.height - 1)
         return Interval(lo, min(max(hi, lo + 1), self.height))
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor:

@@ -1,0 +1,194 @@
+"""Random small networks: branches, strides, resizes, gates, normalisations, whatever rows and segments.
+
+`hypothesis` draws a `Recipe`, which prints as what it is; a recipe that once failed stands below with its story.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from lrcnn_lightning.plan.plan import Choices
+from tests.networks import ACTIVATIONS, Network, Recipe, Step, make, result_shape
+from tests.oracle import KEEPINGS, MODES, assert_exact, no_gradient
+
+LARGEST = 26
+"""Rows or columns at most, so that an example takes milliseconds."""
+
+
+def _numbers(draw: Any, kind: str, shape: tuple[int, ...]) -> tuple[Any, ...] | None:
+    """Numbers for a step of a kind on a map; None where it cannot be."""
+    integer = lambda low, high: draw(st.integers(low, high))  # noqa: E731
+    flag = lambda: draw(st.booleans())  # noqa: E731
+    mode = lambda: draw(st.sampled_from(["nearest", "nearest-exact", "linear"]))  # noqa: E731
+    channels = shape[1]
+    if kind == "conv":
+        kernel, stride, dilation = integer(1, 5), integer(1, 4), integer(1, 3)
+        padding = integer(0, dilation * (kernel - 1) // 2 + 1)
+        groups = channels if flag() and flag() else 1
+        out = groups if groups > 1 else integer(1, 5)
+        return out, kernel, stride, padding, dilation, groups, flag()
+    if kind == "same":
+        return integer(1, 4), integer(1, 4), draw(st.sampled_from(["zeros", "reflect", "replicate"]))
+    if kind == "transposed":
+        kernel, stride = integer(1, 4), integer(1, 3)
+        return integer(1, 4), kernel, stride, integer(0, kernel - 1), integer(0, stride - 1)
+    if kind in ("max", "average"):
+        kernel = integer(1, 4)
+        numbers = (kernel, integer(1, 4), integer(0, kernel // 2), flag())
+        return numbers if kind == "max" else (*numbers, flag())
+    if kind == "instance":
+        return flag(), flag()
+    if kind == "group":
+        return (draw(st.sampled_from([g for g in range(1, channels + 1) if channels % g == 0])),)
+    if kind == "activation":
+        return (draw(st.sampled_from(sorted(ACTIVATIONS))),)
+    if kind == "last":
+        return (integer(1, 5),)
+    if kind == "gate":
+        return draw(st.sampled_from(["mean", "amax", "norm", "std", "pool max", "pool average"])), integer(1, 3)
+    if kind == "places":
+        return (draw(st.sampled_from([1, 3, 5])),)
+    if kind == "resize":
+        return tuple(integer(1, 15) for _ in shape[2:]), mode()
+    if kind == "scale":
+        return draw(st.sampled_from([0.5, 1.5, 2.0, 1.7])), mode()
+    if kind in ("cat", "add", "multiply"):
+        return (mode(),)
+    if kind == "crop":
+        above = integer(0, shape[2] - 1)
+        return above, integer(0, shape[2] - 1 - above)
+    if kind == "pad":
+        return integer(0, 3), integer(0, 3), draw(st.sampled_from(["constant", "reflect", "replicate"]))
+    if kind == "adaptive":
+        return draw(st.sampled_from(["avg", "max"])), integer(1, 6)
+    if kind == "split" and channels % 2:
+        return None
+    if kind == "dropout":
+        return draw(st.sampled_from([0.2, 0.5])), flag() and len(shape) == 4
+    if kind == "pool":
+        return None
+    return ()
+
+
+KINDS = (
+    *("conv",) * 6,
+    *("same", "transposed", "max", "average"),
+    *("batch",) * 4,
+    *("instance", "group", "last"),
+    *("activation",) * 4,
+    *("gate",) * 2,
+    *("places", "resize", "scale", "multiply", "crop", "pad", "adaptive", "split", "detach", "dropout"),
+    *("flip", "again", "again"),
+    *("cat", "add") * 3,
+)
+
+
+@st.composite
+def recipes(draw: Any, most: int = 9) -> Recipe:
+    """A network of up to ``most`` steps."""
+    dimensions = draw(st.sampled_from([2, 2, 2, 2, 1, 3]))
+    high = (14, 12, 7)[dimensions - 1]
+    shape = (draw(st.integers(1, 3)), draw(st.integers(1, 4)), *(draw(st.integers(1, high)) for _ in range(dimensions)))
+    shape = (*shape[:2], max(shape[2], 2), *shape[3:])
+    shapes: list[tuple[int, ...]] = [shape]
+    steps: list[Step] = []
+    modules: list[Any] = []
+    for _ in range(draw(st.integers(1, most))):
+        kind = draw(st.sampled_from(KINDS))
+        last = len(shapes) - 1
+        source = last if draw(st.integers(0, 3)) else draw(st.integers(0, last))
+        sources: tuple[int, ...] = (source,)
+        if kind in ("cat", "add", "multiply"):
+            sources = (source, draw(st.integers(0, last)))
+        if kind == "again":
+            fitting = [i for i, s in enumerate(steps, 1) if s.kind in ("conv", "same", "batch", "last")]
+            numbers: tuple[Any, ...] | None = (draw(st.sampled_from(fitting)),) if fitting else None
+        else:
+            numbers = _numbers(draw, kind, shapes[source])
+        if numbers is None:
+            continue
+        step = Step(kind, sources, numbers)
+        try:
+            module = modules[step.numbers[0] - 1] if kind == "again" else make(step, shapes)
+            result = result_shape(module, step, shapes)
+        except (RuntimeError, ValueError):
+            continue
+        rough = kind in ("batch", "instance", "group", "last") or (kind == "gate" and numbers[0] == "std")
+        few = 1
+        for size in shapes[source][2:]:
+            few *= size
+        # Normalising (nearly) nothing is an error, or a division by what rounding left.
+        if min(result) < 1 or max(result[2:]) > LARGEST or result[1] > 8 or (rough and few < 3):
+            continue
+        if kind == "last" and shapes[source][1] < 2:
+            continue
+        steps.append(step)
+        modules.append(module)
+        shapes.append(result)
+    outputs = [len(steps)]
+    if draw(st.integers(0, 3)) == 0:
+        outputs.append(draw(st.integers(1, len(steps))) if steps else 0)
+    if draw(st.integers(0, 3)) == 0 and steps:
+        steps.append(Step("pool", (len(steps),)))
+        outputs = [*outputs[1:], len(steps)]
+    numbered = range(1, len(steps) + 1)
+    frozen = frozenset(i for i in numbered if draw(st.integers(0, 5)) == 0)
+    if draw(st.integers(0, 7)) == 0:
+        frozen = frozenset(range(1, draw(st.integers(0, len(steps))) + 1))
+    evaluated = frozenset(
+        i for i in numbered if steps[i - 1].kind in ("batch", "instance", "dropout") and draw(st.integers(0, 3)) == 0
+    )
+    return Recipe(shape, tuple(steps), tuple(outputs), frozen, evaluated, draw(st.integers(0, 3)) > 0)
+
+
+@st.composite
+def choices(draw: Any) -> list[Choices]:
+    """Each mode once, with any rows, segments and chunks."""
+    return [
+        Choices(
+            mode,
+            draw(st.integers(1, 14)),
+            draw(st.integers(1, 4)),
+            draw(st.integers(1, 3)),
+            draw(st.sampled_from(KEEPINGS)),
+        )
+        for mode in MODES
+    ]
+
+
+def verify(recipe: Recipe, chosen: list[Choices]) -> None:
+    torch.manual_seed(0)
+    network = Network(recipe).prepared()
+    training = {name: module.training for name, module in network.named_modules()}
+    x = torch.randn(recipe.shape, dtype=torch.float64)
+    network.forward(x)  # that the network itself runs
+    network = Network(recipe).prepared()
+    assert training == {name: module.training for name, module in network.named_modules()}
+    assert_exact(network, x if recipe.input_gradient else no_gradient(x), train=None, choices=chosen)
+
+
+COMMON = settings(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+)
+
+
+@settings(COMMON, max_examples=120)
+@given(recipes(), choices())
+def test_random_networks(recipe: Recipe, chosen: list[Choices]) -> None:
+    verify(recipe, chosen)
+
+
+@pytest.mark.slow
+@settings(COMMON, max_examples=3000)
+@given(recipes(16), choices())
+def test_many_random_networks(recipe: Recipe, chosen: list[Choices]) -> None:
+    verify(recipe, chosen)
