@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
+EPS = 0.1
+"""Of every normalisation. What comes before one has a gradient that is zero but for it, and zero has no digits."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One step: its kind, the maps it reads (0 is the input, i the result of step i), and its numbers."""
@@ -74,7 +78,7 @@ class ChannelsLast(nn.Module):
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()
-        self.norm, self.linear = nn.LayerNorm(channels), nn.Linear(channels, out)
+        self.norm, self.linear = nn.LayerNorm(channels, EPS), nn.Linear(channels, out)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.norm(x.movedim(1, -1))).movedim(-1, 1)
@@ -119,12 +123,12 @@ def make(step: Step, shapes: Sequence[tuple[int, ...]]) -> nn.Module:
         kind = of(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
         return kind(kernel, stride, padding, ceil_mode=ceil, count_include_pad=include)  # type: ignore[no-any-return]
     if step.kind == "batch":
-        return of(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)(channels)  # type: ignore[no-any-return]
+        return of(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)(channels, eps=EPS)  # type: ignore[no-any-return]
     if step.kind == "instance":
         kind = of(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-        return kind(channels, affine=numbers[0], track_running_stats=numbers[1])  # type: ignore[no-any-return]
+        return kind(channels, EPS, affine=numbers[0], track_running_stats=numbers[1])  # type: ignore[no-any-return]
     if step.kind == "group":
-        return nn.GroupNorm(numbers[0], channels)
+        return nn.GroupNorm(numbers[0], channels, EPS)
     if step.kind == "activation":
         return Call(ACTIVATIONS[numbers[0]])
     if step.kind == "last":

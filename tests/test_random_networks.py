@@ -123,7 +123,7 @@ def recipes(draw: Any, most: int = 9) -> Recipe:
         for size in shapes[source][2:]:
             few *= size
         # Normalising (nearly) nothing is an error, or a division by what rounding left.
-        if min(result) < 1 or max(result[2:]) > LARGEST or result[1] > 8 or (rough and few < 3):
+        if min(result) < 1 or max(result[2:]) > LARGEST or result[1] > 8 or (rough and few < 4):
             continue
         if kind == "last" and shapes[source][1] < 2:
             continue

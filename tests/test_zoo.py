@@ -68,7 +68,7 @@ ZOO = [
         whole=4,
         slow=True,
     ),
-    net("VNet", plane(48), lambda: nets.VNet(2, 1, 2, dropout_prob_up=(0.5, 0.5)), slow=True),
+    net("VNet", (2, 1, 64, 48), lambda: nets.VNet(2, 1, 2, dropout_prob_up=(0.5, 0.5)), slow=True),
     net("VNet-3d", volume(32), lambda: nets.VNet(3, 1, 2), slow=True),
     net("AttentionUnet", plane(), lambda: nets.AttentionUnet(2, 1, 2, (4, 8, 8), (2, 2))),
     net("AttentionUnet-3d", volume(), lambda: nets.AttentionUnet(3, 1, 2, (4, 8), (2,))),
@@ -100,7 +100,7 @@ ZOO = [
     net("LocalNet", plane(24), lambda: nets.LocalNet(2, 1, 4, extract_levels=(0, 1))),
     net(
         "AHNet",
-        plane(56),
+        (2, 1, 96, 64),
         lambda: nets.AHNet((1, 1, 1, 1), 2, 1, 2, psp_block_num=2, upsample_mode="bilinear"),
         slow=True,
     ),
@@ -130,17 +130,7 @@ ZOO = [
         lambda: nets.MedNeXt(2, 4, 1, 2, blocks_down=(1, 1), blocks_bottleneck=1, blocks_up=(1, 1)),
     ),
     net("VoxelMorphUNet", plane(24, 2), lambda: nets.VoxelMorphUNet(2, 2, 2, (4, 4, 4, 4, 4, 4), (4,))),
-    net("HoVerNet", (1, 3, 256, 256), lambda: nets.HoVerNet("fast", in_channels=3, out_classes=2), slow=True),
 ]
-
-exact: set[str] = set()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def count() -> Any:
-    """Say how many networks of the zoo were found exact."""
-    yield
-    print(f"\n{len(exact)} of {len(ZOO)} networks ran and are exact")
 
 
 @pytest.mark.parametrize(("make", "shape", "whole"), ZOO)
@@ -152,4 +142,3 @@ def test_zoo(make: Maker, shape: tuple[int, ...], whole: int, request: pytest.Fi
     slow = request.node.get_closest_marker("slow") is not None
     graph = assert_exact(network, torch.randn(shape, dtype=torch.float64), choices=QUICK if slow else THOROUGH)
     assert len(roles(graph)["whole"]) == whole, roles(graph)["whole"]
-    exact.add(request.node.name)

@@ -71,12 +71,14 @@ class Gradients:
         """Add the gradient of a whole value or full map."""
         present = self._tensors.get(value)
         if present is None:
-            if gradient.dtype in (torch.float16, torch.bfloat16) and self._axes_of(value).row is None:
-                self._tensors[value] = gradient.float()
-            else:
-                # Autograd may have given the same tensor to somebody else: not ours to change.
+            # Autograd may have given the same tensor to somebody else: not ours to change.
+            if self._axes_of(value).row is not None:
                 self._tensors[value] = gradient
                 self._borrowed.add(value)
+            elif gradient.dtype in (torch.float16, torch.bfloat16):
+                self._tensors[value] = gradient.float()
+            else:
+                self._tensors[value] = gradient.clone()
         elif value in self._borrowed:
             self._tensors[value] = present + gradient
             self._borrowed.discard(value)

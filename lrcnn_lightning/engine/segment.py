@@ -80,7 +80,7 @@ class _Segment(torch.autograd.Function):
         carries = _run_forward(call, store, training=bool(program.backward))
         outputs = tuple(store[index] for index in program.outputs)
         ctx.mark_non_differentiable(
-            *(tensor for tensor in outputs if not (tensor.is_floating_point() or tensor.is_complex()))
+            *(t for index, t in zip(program.outputs, outputs, strict=True) if index not in program.differentiable)
         )
         if program.backward:
             kept = [store[index] for index in program.kept]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class Value:
     kind: ValueKind = ValueKind.COMPUTED
     source: str | int | None = None
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """The number of elements."""
         count = 1
@@ -67,7 +68,7 @@ class Value:
             count *= size
         return count
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """The size in bytes of a dense tensor of this shape and dtype."""
         return self.elements * self.dtype.itemsize
@@ -97,7 +98,7 @@ class Node:
     module: str = ""
     context: Context = Context()
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[int, ...]:
         """Indices of the values that the node reads, in order of appearance, repeated ones once."""
         return tuple(dict.fromkeys(ref.index for ref in references((self.args, self.kwargs))))

@@ -52,36 +52,41 @@ class Cost:
 
 
 class Memory:
-    """Live bytes by key, and their peak."""
+    """Live bytes by key, and their peak. A key is a tuple whose first entry names a family."""
 
     def __init__(self) -> None:
         self.live = 0
         self.peak = 0
-        self._sizes: dict[Any, int] = {}
+        self._families: dict[str, dict[tuple[Any, ...], int]] = {}
 
-    def allocate(self, key: Any, size: float) -> None:
+    def allocate(self, key: tuple[Any, ...], size: float) -> None:
         """A tensor under a key that is not in use; under one in use, nothing happens."""
-        if key in self._sizes:
+        family = self._families.setdefault(key[0], {})
+        if key in family:
             return
-        self._sizes[key] = int(size)
+        family[key] = int(size)
         self.live += int(size)
         self.peak = max(self.peak, self.live)
 
-    def free(self, key: Any) -> None:
+    def free(self, key: tuple[Any, ...]) -> None:
         """Drop it, if it is there."""
-        self.live -= self._sizes.pop(key, 0)
+        family = self._families.get(key[0])
+        if family:
+            self.live -= family.pop(key, 0)
 
-    def free_all(self, prefix: Any) -> None:
-        """Drop every key that starts with ``prefix``."""
-        for key in [k for k in self._sizes if isinstance(k, tuple) and k[0] == prefix]:
-            self.free(key)
+    def free_all(self, name: str, first: str | None = None) -> None:
+        """Drop a family, or its keys whose second entry is ``first`` or begins with ``first`` and a dot."""
+        family = self._families.get(name, {})
+        chosen = [k for k in family if first is None or k[1] == first or k[1].startswith(f"{first}.")]
+        for key in chosen:
+            self.live -= family.pop(key)
 
     def touch(self, size: float) -> None:
         """A tensor that lives for an instant."""
         self.peak = max(self.peak, self.live + int(size))
 
-    def __contains__(self, key: Any) -> bool:
-        return key in self._sizes
+    def __contains__(self, key: tuple[Any, ...]) -> bool:
+        return key in self._families.get(key[0], {})
 
 
 # What autograd saves, by operation: inputs, the result, both, or neither. Anything else: the inputs.
@@ -241,9 +246,12 @@ class _Simulation:
     def rows(self, loop: Loop, kept_carries: Collection[int], stored: bool) -> None:
         """The forward pass of a loop."""
         graph, memory = self.graph, self.memory
-        for chunk, batch in enumerate(loop.chunks):
-            samples = batch.length
-            for r, row in enumerate(loop.rows):
+        for chunk, times in _sampled(len(loop.chunks)):
+            samples = loop.chunks[chunk].length
+            before = self.seconds
+            previous = 0
+            for r, alike in _sampled_rows(len(loop.rows)):
+                row, start = loop.rows[r], self.seconds
                 waiting = _waiting(graph, loop.nodes)
                 following = loop.rows[r + 1] if r + 1 < len(loop.rows) else None
                 for position in loop.nodes:
@@ -254,7 +262,8 @@ class _Simulation:
                             after = following.spans[position]
                             if after.lo < after.new:
                                 key = ("keep" if position in kept_carries else "carry", loop.name, chunk, r, value)
-                                memory.allocate(key, self.model.bytes_of(value, after.new - after.lo, samples))
+                                size = self.model.bytes_of(value, after.new - after.lo, samples)
+                                memory.allocate(key, size * times * alike if key[0] == "keep" else size)
                         if stored and value in loop.stored:
                             full = graph.values[value].bytes
                             if len(loop.rows) * len(loop.chunks) > 1 or ("slab", value) not in memory:
@@ -271,8 +280,12 @@ class _Simulation:
                 for value in [v for v in waiting if v in graph.producer]:
                     memory.free(("slab", value))
                     memory.free(("fresh", value))
-                self._drop_carries(loop, chunk, r - 1, graph)
-            self._drop_carries(loop, chunk, len(loop.rows) - 1, graph)
+                if r:
+                    self._drop_carries(loop, chunk, previous, graph)
+                previous = r
+                self.seconds += (alike - 1) * (self.seconds - start)
+            self._drop_carries(loop, chunk, previous, graph)
+            self.seconds += (times - 1) * (self.seconds - before)
         for position in loop.reductions:
             for output in graph.nodes[position].outputs:
                 memory.allocate(("map", output), graph.values[output].bytes)
@@ -309,7 +322,7 @@ class _Simulation:
     # --------------------------------------------------------------- backward
 
     def backward(self, segment: SegmentProgram) -> None:
-        memory, graph = self.memory, self.graph
+        memory = self.memory
         for step in segment.backward:
             if isinstance(step, BackwardRows):
                 self._pass(step.run)
@@ -326,36 +339,37 @@ class _Simulation:
                 if step.value not in segment.outputs:
                     memory.free(("gradient", step.value))
             elif isinstance(step, DropCarries) and step.loop.split(".")[1].startswith("b"):
-                self._free_kept(step.loop)
+                memory.free_all("keep", step.loop)
         for index in (*segment.kept, *segment.outputs):
             memory.free(("map", index))
             if index in segment.outputs:
                 memory.free(("gradient", index))
-        self._free_kept(segment.name)
-        del graph
-
-    def _free_kept(self, name: str) -> None:
-        for key in [k for k in self.memory._sizes if k[0] == "keep" and (k[1] == name or k[1].split(".")[0] == name)]:
-            self.memory.free(key)
+        memory.free_all("keep", segment.name)
 
     def _backward_whole(self, position: int) -> None:
         node = self.graph.nodes[position]
         size = sum(self.graph.values[o].bytes for o in node.outputs)
         self.memory.touch(size)
         for index in node.inputs:
-            if index in self.differentiable:
+            if index in self.differentiable and not _is_parameter(self.graph, index):
                 self.memory.allocate(("gradient", index), self.graph.values[index].bytes)
         self.seconds += self.model.seconds(position, 1.0, 3.0)
 
     def _pass(self, run: BackwardPass) -> None:
-        for chunk in range(len(run.loop.chunks)):
+        for chunk, times in _sampled(len(run.loop.chunks)):
+            before = self.seconds
             handed: dict[int, float] = {}
-            for r in reversed(range(len(run.loop.rows))):
+            for r, alike in reversed(_sampled_rows(len(run.loop.rows))):
+                start = self.seconds
                 handed = self._backward_row(run, chunk, r, handed)
+                self.seconds += (alike - 1) * (self.seconds - start)
             for value in handed:
                 self.memory.free(("handed", value))
+            self.seconds += (times - 1) * (self.seconds - before)
         for value in run.wholes:
-            self.memory.allocate(("gradient", value), self.graph.values[value].bytes)
+            # What becomes the gradient of a parameter is no activation memory.
+            if not _is_parameter(self.graph, value):
+                self.memory.allocate(("gradient", value), self.graph.values[value].bytes)
 
     def _backward_row(self, run: BackwardPass, chunk: int, r: int, handed: dict[int, float]) -> dict[int, float]:
         graph, memory, model = self.graph, self.memory, self.model
@@ -412,7 +426,7 @@ class _Simulation:
             ]
             times = 0.0
             for index in weights:
-                memory.allocate(("weights", index), graph.values[index].bytes)
+                memory.touch(graph.values[index].bytes)  # added to the sum at once
                 times += 1
             for index in node.inputs:
                 if not graph.is_map(index) or index not in self.differentiable:
@@ -449,15 +463,24 @@ class _Simulation:
                     result[value] = size
         for index in run.maps:
             memory.allocate(("gradient", index), graph.values[index].bytes)
-        for index in run.wholes:
-            if graph.values[index].elements > 4096:
-                memory.free(("weights", index))
-                memory.allocate(("gradient", index), graph.values[index].bytes)
         memory.free_all("slab gradient")
         memory.free_all("slab")
         memory.free_all("fresh")
         memory.free_all("seed")
         return result
+
+
+def _sampled(chunks: int) -> list[tuple[int, int]]:
+    """Chunks to simulate, and how many each stands for: they are alike but for a sample more or less."""
+    return [(chunk, 1) for chunk in range(chunks)] if chunks <= 2 else [(0, chunks - 1), (chunks - 1, 1)]
+
+
+def _sampled_rows(rows: int) -> list[tuple[int, int]]:
+    """Rows to simulate, and how many each stands for: those of the middle are alike but for a line more or less."""
+    if rows <= 6:
+        return [(r, 1) for r in range(rows)]
+    middle = rows // 2
+    return [(0, 1), (1, 1), (middle, rows - 4), (rows - 2, 1), (rows - 1, 1)]
 
 
 def _waiting(graph: RowGraph, nodes: Sequence[int]) -> dict[int, int]:
@@ -468,7 +491,7 @@ def _waiting(graph: RowGraph, nodes: Sequence[int]) -> dict[int, int]:
     return counts
 
 
-def _is_gradient_of_parameter(graph: RowGraph, index: int) -> bool:
+def _is_parameter(graph: RowGraph, index: int) -> bool:
     return graph.values[index].kind.value in ("parameter", "buffer")
 
 
@@ -502,9 +525,6 @@ def program_cost(
                         memory.free(("gradient", output))
             else:
                 simulation.backward(segment)
-            for index in segment.inputs:
-                if _is_gradient_of_parameter(graph, index):
-                    memory.free(("gradient", index))
     return Cost(memory.peak, simulation.seconds)
 
 
@@ -521,7 +541,7 @@ def plain_cost(graph: RowGraph, differentiable: Collection[int], machine: Machin
     for position in rest:
         node = graph.nodes[position]
         for value in node.outputs:
-            memory.allocate(value, 0 if node.op in _VIEWS else graph.values[value].bytes)
+            memory.allocate(("map", value), 0 if node.op in _VIEWS else graph.values[value].bytes)
         seconds += model.seconds(position, 1.0)
         if any(o in differentiable for o in node.outputs):
             inputs, result = model.saved(position)
@@ -538,10 +558,10 @@ def plain_cost(graph: RowGraph, differentiable: Collection[int], machine: Machin
             if value in node.inputs:
                 waiting[value] -= 1
             if not waiting[value] and not holders.get(value) and value not in returned:
-                memory.free(value)
+                memory.free(("map", value))
     for value in returned:
         if not holders.get(value):
-            memory.free(value)
+            memory.free(("map", value))
     for position in reversed(rest):
         node = graph.nodes[position]
         if not any(o in differentiable for o in node.outputs):
@@ -560,7 +580,7 @@ def plain_cost(graph: RowGraph, differentiable: Collection[int], machine: Machin
         for value in saved_by.get(position, []):
             holders[value] -= 1
             if not holders[value]:
-                memory.free(value)
+                memory.free(("map", value))
         memory.free(("extra", position))
         seconds += model.seconds(position, 1.0, max(times, 1.0))
     return Cost(memory.peak, seconds)

@@ -1,0 +1,222 @@
+"""The documents say what is true: their code runs, their links lead somewhere, their error texts are those raised."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lrcnn_lightning import LRCNNStrategy, RowwiseError, rowwise
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def load(path: str) -> ModuleType:
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, REPOSITORY / path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("#"):
+            headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+            assert target[1:] in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+        elif "://" not in target:
+            assert (document.parent / target.partition("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_python_code_compiles(document: Path) -> None:
+    for number, code in enumerate(blocks(document.read_text(encoding="utf-8"), "python")):
+        compile(code, f"{document.name}, block {number}", "exec")
+
+
+def test_python_code_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    code = blocks(README, "python")
+    assert len(code) == 2
+    for block in code:
+        exec(compile(block, "README.md", "exec"), {})
+    assert "plan: two_phase" in capsys.readouterr().out
+
+
+def test_the_test_command_is_that_of_the_continuous_integration() -> None:
+    command = next(line for line in README.splitlines() if line.endswith("-m pytest"))
+    assert command in (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+
+
+def test_list_of_operations_is_current() -> None:
+    written = (REPOSITORY / "docs" / "operations.md").read_text(encoding="utf-8")
+    assert written == load("docs/generate_operations.py").operations(), "run python docs/generate_operations.py"
+
+
+def test_plain_script_trains_the_same_weights_either_way(capsys: pytest.CaptureFixture[str]) -> None:
+    train = load("examples/plain_script.py").train
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Lightning's on the number of workers
+            plain = train("auto", images=16, size=32).state_dict()
+            for strategy in ("lrcnn_two_phase", "lrcnn_overlap"):
+                ours = train(strategy, images=16, size=32).state_dict()
+                assert list(ours) == list(plain)
+                for name, tensor in plain.items():
+                    torch.testing.assert_close(ours[name], tensor, rtol=1e-9, atol=1e-12, msg=name)
+    finally:
+        torch.set_default_dtype(default)
+
+
+# ------------------------------------------------------------------------------------------------ error texts
+
+
+class Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 8, 3, padding=1)
+
+
+class Branch(Part):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.convolution(x)
+        return y if y.mean() > 0 else -y
+
+
+class Masked(Part):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.convolution(x)
+        return y[y > 0]
+
+
+class InPlace(Part):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.convolution(x)
+        view = y.view(y.shape[0], y.shape[1], -1)
+        y.relu_()
+        return y.sum() + view.sum()
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+
+
+class Task(LightningModule):
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, nn.Linear(8, 2)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.head(self.backbone(batch[0]).mean((2, 3))).sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def call(module: nn.Module, shape: tuple[int, ...] = (1, 3, 32, 32), **options: Any) -> Callable[[], Any]:
+    return lambda: rowwise(module, **options)(torch.randn(shape))
+
+
+def twice() -> None:
+    x = torch.randn(1, 3, 32, 32, requires_grad=True)
+    (gradient,) = torch.autograd.grad(rowwise(network(), mode="two_phase")(x).square().sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+
+
+def fit(backbone: nn.Module, strategy: Any = "lrcnn_two_phase", **options: Any) -> Callable[[], None]:
+    def run() -> None:
+        trainer = Trainer(
+            accelerator="cpu",
+            strategy=strategy() if callable(strategy) else strategy,
+            max_steps=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **{"devices": 1, **options},
+        )
+        trainer.fit(Task(backbone), DataLoader(TensorDataset(torch.randn(1, 3, 32, 32))))
+
+    return run
+
+
+def hooked() -> nn.Module:
+    module = network()
+    module[0].register_forward_hook(lambda *_: None)
+    return module
+
+
+class Narrow(nn.Module):
+    """No convolution: a map of eight channels all the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :1].expand(-1, 8, -1, -1)
+
+
+RAISED = {
+    "row-wise module Branch": call(Branch(), mode="two_phase"),
+    "row-wise module Masked": call(Masked(), mode="two_phase"),
+    "row-wise module InPlace": call(InPlace(), mode="two_phase"),
+    "row-wise module Linear": call(nn.Linear(8, 8), (4, 8), mode="two_phase"),
+    "a gradient of a gradient": twice,
+    "row-wise module Sequential: rows=64": call(network(), rows=64),
+    "row-wise module Sequential: no plan fits": call(network(), (1, 3, 256, 256), memory_budget="64KiB"),
+    "Trainer(devices=2)": fit(network(), "lrcnn", devices=2),
+    "Trainer(sync_batchnorm=True)": fit(network(), "lrcnn", sync_batchnorm=True),
+    "backbone is compiled": fit(torch.compile(network())),
+    "modules='bakbone'": fit(network(), lambda: LRCNNStrategy(modules=["bakbone"])),
+}
+WARNED = {
+    "hooks inside": fit(hooked()),
+    "strategy LRCNNStrategy: no submodule": fit(Narrow(), "lrcnn"),
+}
+ELSEWHERE = ("row-wise module RecursiveScriptModule", "backbone.1 synchronises")
+"""TorchScript is deprecated and warns; what needs two processes is tested with the strategies."""
+
+
+def documented(beginning: str) -> str:
+    """The README's text of an error, as a pattern; three dots stand for anything."""
+    found = [" ".join(text.split()) for text in blocks(README, "text") if text.startswith(beginning)]
+    assert len(found) == 1, beginning
+    return ".*".join(re.escape(part.strip()) for part in found[0].split("..."))
+
+
+@pytest.mark.parametrize("beginning", RAISED)
+def test_documented_error(beginning: str) -> None:
+    with pytest.raises(RowwiseError) as raised:
+        RAISED[beginning]()
+    assert re.fullmatch(documented(beginning), " ".join(str(raised.value).split()))
+
+
+@pytest.mark.parametrize("beginning", WARNED)
+def test_documented_warning(beginning: str) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        WARNED[beginning]()
+    assert any(re.fullmatch(documented(beginning), " ".join(str(w.message).split())) for w in caught)
+
+
+def test_every_documented_text_is_checked() -> None:
+    checked = (*RAISED, *WARNED, *ELSEWHERE)
+    assert all(text.startswith(checked) for text in blocks(README, "text"))
+    assert len(blocks(README, "text")) == len(checked)
