@@ -8,7 +8,7 @@ Work is time on a nominal machine: floating-point operations, bytes moved, and a
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ class Cost:
 
     peak_bytes: int
     seconds: float
+    timeline: tuple[int, ...] = field(default=(), repr=False, compare=False)
+    """Live bytes of activation memory after each allocation of the step."""
 
 
 class Memory:
@@ -57,6 +59,8 @@ class Memory:
     def __init__(self) -> None:
         self.live = 0
         self.peak = 0
+        self.timeline: list[int] = []
+        """Live bytes after each allocation."""
         self._families: dict[str, dict[tuple[Any, ...], int]] = {}
 
     def allocate(self, key: tuple[Any, ...], size: float) -> None:
@@ -67,6 +71,7 @@ class Memory:
         family[key] = int(size)
         self.live += int(size)
         self.peak = max(self.peak, self.live)
+        self.timeline.append(self.live)
 
     def free(self, key: tuple[Any, ...]) -> None:
         """Drop it, if it is there."""
@@ -525,7 +530,7 @@ def program_cost(
                         memory.free(("gradient", output))
             else:
                 simulation.backward(segment)
-    return Cost(memory.peak, simulation.seconds)
+    return Cost(memory.peak, simulation.seconds, tuple(memory.timeline))
 
 
 def plain_cost(graph: RowGraph, differentiable: Collection[int], machine: Machine = Machine()) -> Cost:  # noqa: B008
@@ -583,5 +588,5 @@ def plain_cost(graph: RowGraph, differentiable: Collection[int], machine: Machin
                 memory.free(("map", value))
         memory.free(("extra", position))
         seconds += model.seconds(position, 1.0, max(times, 1.0))
-    return Cost(memory.peak, seconds)
+    return Cost(memory.peak, seconds, tuple(memory.timeline))
 

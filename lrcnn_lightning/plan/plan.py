@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from lrcnn_lightning.plan.cost import Cost, plain_cost, program_cost
@@ -102,6 +103,12 @@ class Plan:
         from lrcnn_lightning.plan.report import report
 
         return report(self)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the plan to a file (PNG, PDF or SVG by its ending): the rows of each map, and memory over the step."""
+        from lrcnn_lightning.plan.picture import draw
+
+        draw(self, path)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data (JSON): choices, predictions, segments with their residencies and schedule."""
