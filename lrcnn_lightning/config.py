@@ -70,13 +70,11 @@ def format_size(size: float) -> str:
     """Write a number of bytes for people, in binary units: ``1610612736`` becomes ``"1.50 GiB"``."""
     if abs(size) < 1024:
         return f"{size:.0f} B"
-    value = float(size)
-    unit = "B"
-    for unit in ("KiB", "MiB", "GiB", "TiB", "PiB"):
-        value /= 1024
-        if abs(round(value, 2)) < 1024:
-            break
-    return f"{value:.2f} {unit}"
+    units = ("KiB", "MiB", "GiB", "TiB", "PiB")
+    value, unit = size / 1024, 0
+    while abs(round(value, 2)) >= 1024 and unit < len(units) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{value:.2f} {units[unit]}"
 
 
 def did_you_mean(given: object, allowed: Iterable[str]) -> str:

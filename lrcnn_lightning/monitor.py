@@ -1,4 +1,4 @@
-"""Activation memory, measured to the byte, on any device and on none.
+r"""Activation memory, measured to the byte, on any device and on none.
 
 Asking an allocator how much it holds mixes in parameters, its own rounding, whatever it caches, and on a CPU the whole
 process.  :class:`MemoryMeter` instead watches each operation: a storage that comes out of one is live from then until
@@ -500,7 +500,7 @@ class _ActivationMemoryHooks:
     """Lightning callback: measure and log the activation memory of the first training steps.
 
     From the start of a training batch to its end, backward pass and optimizer step included, the step runs under a
-    :class:`MemoryMeter`.  Afterwards these are logged, in bytes, to the Trainer's loggers; the first one is shown in the
+    :class:`MemoryMeter`.  Afterwards these are logged, in bytes, to the Trainer's loggers; the first is shown in the
     progress bar, too (where Lightning rounds it to a float; :attr:`peaks` is exact):
 
     - ``activation_memory_peak``: the activation memory of the step;
@@ -590,7 +590,7 @@ def _backend_peaks(device: torch.device) -> dict[str, float]:
 def _activation_memory_class() -> type[Any]:
     """The callback as a subclass of the ``Callback`` of each Lightning that is installed, so that any Trainer takes it.
 
-    ``lightning.pytorch`` and ``pytorch_lightning`` have a base class each, of which neither holds more than empty hooks.
+    ``lightning.pytorch`` and ``pytorch_lightning`` each have a base class, neither of which holds more than empty hooks.
     """
     bases: list[type] = []
     for namespace in ("lightning.pytorch", "pytorch_lightning"):

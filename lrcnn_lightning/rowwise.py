@@ -310,7 +310,9 @@ class RowwiseSession:
         names = config.modules
         self.automatic = names == "auto"
         chosen = select_modules(root, names)
-        self.forwards: dict[str, RowwiseForward] = {name: self._forward(name, module) for name, module in chosen.items()}
+        self.forwards: dict[str, RowwiseForward] = {
+            name: self._forward(name, module) for name, module in chosen.items()
+        }
         if self.automatic and _has_own_forward(root) and _direct_layers(root):
             # The model's own forward, where layers hang directly on it; its parts serve steps that call them.
             self.forwards = {"": self._forward("", root), **self.forwards}

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from torch import nn
 
 import lrcnn_lightning
 from tests.oracle import difference, differences, observe
 
 
-def assert_same_step(module: nn.Module, *inputs: Any, tolerance: str = "float64", seed: int = 0, **options: Any) -> None:
+def assert_same_step(
+    module: nn.Module, *inputs: Any, tolerance: str = "float64", seed: int = 0, **options: Any
+) -> None:
     """Outputs, the inputs' gradients, each parameter's gradient and each buffer agree to 1e-9 in float64.
 
     ``tolerance="float32"``: the error against the float64 step is at most ten times that of the plain float32 step

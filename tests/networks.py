@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-
 EPS = 0.1
 """Of every normalisation. What comes before one has a gradient that is zero but for it, and zero has no digits."""
 

@@ -26,7 +26,7 @@ KB = 1024  # bytes of a map of 1 x 4 x 8 x 8 in float32
 
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Any:
-    """Tiny operations are slower on several threads, and what was imported need not be searched for cycles each time."""
+    """Tiny operations are slower on several threads, and what was imported need not be searched for cycles."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     gc.freeze()
@@ -240,7 +240,7 @@ def test_excluded_tensors() -> None:
 
 def test_an_operation_that_returns_a_tensor_from_elsewhere() -> None:
     cached = kilobytes(4)
-    library = torch.library.Library("lrcnn_monitor_test", "DEF")  # noqa: TOR901
+    library = torch.library.Library("lrcnn_monitor_test", "DEF")
     library.define("cached(int size) -> Tensor")
     library.impl("cached", lambda size: cached, "CompositeExplicitAutograd")
     with MemoryMeter() as unknown, MemoryMeter(exclude=[cached]) as known:

@@ -267,6 +267,6 @@ def test_module_names() -> None:
 def test_a_failing_step_leaves_no_trace() -> None:
     """An error in the module's own code passes through unchanged, and the next call works."""
     net = lrcnn_lightning.rowwise(_net(), mode="two_phase", rows=4)
-    with pytest.raises(Exception, match="channels|size"):
+    with pytest.raises(Exception, match=r"channels|size"):
         net(torch.randn(2, 5, 16, 12))
     assert net(IMAGES).shape == (2, 2, 16, 12)

@@ -36,9 +36,7 @@ def write(full: Tensor | None, slab: Tensor, shape: tuple[int, ...], axes: Axes,
     if full is None:
         if tuple(slab.shape) == shape:
             return slab
-        full = torch.empty(
-            shape, dtype=slab.dtype, device=slab.device, memory_format=_memory_format(slab)
-        )
+        full = torch.empty(shape, dtype=slab.dtype, device=slab.device, memory_format=_memory_format(slab))
     cut(full, axes, tile).copy_(slab)
     return full
 

@@ -138,9 +138,7 @@ def _run_backward(ctx: Any, output_gradients: tuple[Tensor | None, ...]) -> tupl
     for (name, place, value), slab in zip(ctx.carry_keys, saved[borders:], strict=True):
         carries.setdefault(name, {}).setdefault(place, {})[value] = slab
     del saved
-    gradients = Gradients(
-        lambda index: graph.values[index].shape, lambda index: graph.axes.get(index, Axes())
-    )
+    gradients = Gradients(lambda index: graph.values[index].shape, lambda index: graph.axes.get(index, Axes()))
     for index, given in zip(program.outputs, output_gradients, strict=True):
         if given is not None:
             gradients.add(index, given)
@@ -173,7 +171,7 @@ def _run_backward(ctx: Any, output_gradients: tuple[Tensor | None, ...]) -> tupl
 
 
 def _backward_whole(call: SegmentCall, position: int, store: dict[int, Any], gradients: Gradients) -> None:
-    """Differentiate a node on full tensors: run it again under autograd, with the random numbers of the forward pass."""
+    """Differentiate a node on full tensors: run it again under autograd, with the same random numbers."""
     node = call.graph.nodes[position]
     given = [gradients.get(output) for output in node.outputs]
     if all(gradient is None for gradient in given):

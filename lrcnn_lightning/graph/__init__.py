@@ -7,4 +7,15 @@ from lrcnn_lightning.graph.capture import capture
 from lrcnn_lightning.graph.functional import dependent_values
 from lrcnn_lightning.graph.graph import Context, Graph, Node, Ref, Value, ValueKind, map_refs, references
 
-__all__ = ["Context", "Graph", "Node", "Ref", "Value", "ValueKind", "capture", "dependent_values", "map_refs", "references"]
+__all__ = [
+    "Context",
+    "Graph",
+    "Node",
+    "Ref",
+    "Value",
+    "ValueKind",
+    "capture",
+    "dependent_values",
+    "map_refs",
+    "references",
+]

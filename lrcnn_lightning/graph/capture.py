@@ -151,13 +151,13 @@ class _Reader:
             if not any(isinstance(leaf, Ref) for leaf in tree_flatten((args, kwargs))[0]):
                 return node.target(*args, **kwargs)  # type: ignore[operator]  # arithmetic on sizes
             raise CaptureError(f"{node.target} at {module_path or 'the top'} is not an ATen operation")
-        name = node.target.name()
+        name = str(node.target.name())  # type: ignore[no-untyped-call]
         if name.startswith("aten::_assert") or name == "aten::sym_constrain_range_for_size":
             return None
         fake = node.meta.get("val")
         if isinstance(fake, torch.Tensor):
             result: Any = self._value(node.name, fake, ValueKind.COMPUTED)
-            outputs = (result.index,)
+            outputs: tuple[int, ...] = (result.index,)
         elif isinstance(fake, (list, tuple)):
             result = [
                 self._value(f"{node.name}_{i}", item, ValueKind.COMPUTED) if isinstance(item, torch.Tensor) else item
@@ -171,14 +171,12 @@ class _Reader:
                 f"{name} at {module_path or 'the top'} turns a tensor into a Python value, "
                 "so the control flow depends on data"
             )
-        self.nodes.append(
-            Node(node.name, node.target, _plain(args), _plain(kwargs), outputs, module_path, context)
-        )
+        self.nodes.append(Node(node.name, node.target, _plain(args), _plain(kwargs), outputs, module_path, context))
         return result
 
     def _nested(self, target: Any, args: Any, context: Context, path: str) -> Any:
         """Write the graph inside ``no_grad`` or ``autocast`` inline."""
-        name = target.name()
+        name = str(target)
         if name == "wrap_with_set_grad_enabled":
             enabled, inner, *operands = args
             context = Context(context.grad and bool(enabled), context.autocast)

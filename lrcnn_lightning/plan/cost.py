@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lrcnn_lightning.graph import Value
 from lrcnn_lightning.plan.halos import Span
 from lrcnn_lightning.plan.loop import BackwardPass, Loop
 from lrcnn_lightning.plan.program import (
@@ -179,14 +180,15 @@ class _Model:
         if out is None:
             return 0.0
         if "conv" in name and len(node.inputs) > 1:
-            weight = self.graph.values[node.args[1].index]
+            weight: Value = self.graph.values[node.args[1].index]
             per_output = weight.elements / max(weight.shape[0], 1)
             if "transpose" in name:
-                source = self.graph.values[node.args[0].index]
+                source: Value = self.graph.values[node.args[0].index]
                 return 2.0 * source.elements * weight.elements / weight.shape[0]
             return 2.0 * out.elements * per_output
         if "linear" in name or "matmul" in name:
-            return 2.0 * out.elements * self.graph.values[node.args[0].index].shape[-1]
+            features: int = self.graph.values[node.args[0].index].shape[-1]
+            return 2.0 * out.elements * features
         return float(out.elements)
 
     def moved(self, position: int) -> float:
@@ -317,11 +319,10 @@ class _Simulation:
             if has_carry:
                 memory.allocate(("slab", value), model.bytes_of(value, span.hi - span.lo, samples))
         padded = getattr(rule, "geometry", None)
-        if padded is not None:
-            if padded.symmetric(span.computed) is None:
-                above, below = padded.missing(span.computed)
-                rows = padded.needed(span.computed).length + above + below
-                memory.touch(model.bytes_of(node.inputs[0], rows, samples))
+        if padded is not None and padded.symmetric(span.computed) is None:
+            above, below = padded.missing(span.computed)
+            rows = padded.needed(span.computed).length + above + below
+            memory.touch(model.bytes_of(node.inputs[0], rows, samples))
         self.seconds += model.seconds(position, self._share(node.outputs[0], span.computed.length, samples))
 
     # --------------------------------------------------------------- backward
@@ -505,7 +506,7 @@ def program_cost(
     segments: Sequence[SegmentProgram],
     differentiable: Collection[int],
     last_reader: dict[int, int],
-    machine: Machine = Machine(),  # noqa: B008
+    machine: Machine = Machine(),
 ) -> Cost:
     """The cost of one step of a program."""
     simulation = _Simulation(graph, differentiable, machine)
@@ -533,7 +534,7 @@ def program_cost(
     return Cost(memory.peak, simulation.seconds, tuple(memory.timeline))
 
 
-def plain_cost(graph: RowGraph, differentiable: Collection[int], machine: Machine = Machine()) -> Cost:  # noqa: B008
+def plain_cost(graph: RowGraph, differentiable: Collection[int], machine: Machine = Machine()) -> Cost:
     """The cost of one step of plain, column-centric execution: what autograd saves stays until it is used."""
     model = _Model(graph, machine)
     memory = Memory()
@@ -589,4 +590,3 @@ def plain_cost(graph: RowGraph, differentiable: Collection[int], machine: Machin
         memory.free(("extra", position))
         seconds += model.seconds(position, 1.0, max(times, 1.0))
     return Cost(memory.peak, seconds, tuple(memory.timeline))
-

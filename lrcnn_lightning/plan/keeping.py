@@ -44,9 +44,7 @@ def choose_residencies(
             reduced = any(graph.roles[r] is Role.REDUCE for r in readers)
             later = any(level[r] > level[position] for r in readers if graph.roles[r] is Role.ROW)
             whole = any(graph.roles[r] is Role.WHOLE for r in readers)
-            if value in outputs:
-                result[value] = KEEP
-            elif reduced and later and keeping != "borders" and not _wide(graph, value, result):
+            if value in outputs or (reduced and later and keeping != "borders" and not _wide(graph, value, result)):
                 result[value] = KEEP
             elif reduced and later and keeping == "lean" and not whole:
                 result[value] = Residency("transient", "stream")

@@ -113,10 +113,7 @@ def make_loop(
     targets = tuple(sorted({*stored, *reduced, *extra_targets}))
     height = max(graph.height(target) for target in targets)
     lowest = min(graph.height(target) for target in targets)
-    if isinstance(rows, int):
-        cuts = even_cuts(height, min(rows, lowest))
-    else:
-        cuts = tuple(rows)
+    cuts = even_cuts(height, min(rows, lowest)) if isinstance(rows, int) else tuple(rows)
     mine = frozenset(carried) & frozenset(nodes)
     table = row_intervals(graph, nodes, targets, cuts, mine)
     read = set(sources) | {index for row in table for index in row.reads}

@@ -119,7 +119,8 @@ class Plan:
 
 def carried_nodes(graph: RowGraph, mode: str) -> frozenset[int]:
     """The nodes whose halo is carried. Under ``two_phase`` all but those that a pointwise step makes from one map:
-    computing a few rows of them again is cheaper than storing them, since their input is carried."""
+    computing a few rows of them again is cheaper than storing them, since their input is carried.
+    """
     if mode == "overlap":
         return frozenset()
     carried = set()
@@ -194,9 +195,7 @@ def _borders(graph: RowGraph, runs: Sequence[Sequence[int]]) -> list[list[int]]:
     for i, nodes in enumerate(runs):
         for position in nodes:
             crossing.update(index for index in graph.nodes[position].inputs if home.get(index, i) != i)
-    return [
-        [o for p in nodes for o in graph.nodes[p].outputs if o in crossing] for nodes in runs
-    ]
+    return [[o for p in nodes for o in graph.nodes[p].outputs if o in crossing] for nodes in runs]
 
 
 def _plain(graph: RowGraph, name: str, nodes: Sequence[int], outputs: Sequence[int]) -> SegmentProgram:

@@ -338,7 +338,9 @@ class ProgramBuilder:
             result.extend(DropCarries(name) for name, when in carries.items() if when == i)
         return result
 
-    def _group(self, name: str, group: Sequence[int], forward_loops: list[Loop], used: dict[str, set[int]]) -> list[Step]:
+    def _group(
+        self, name: str, group: Sequence[int], forward_loops: list[Loop], used: dict[str, set[int]]
+    ) -> list[Step]:
         """The passes of one group."""
         graph = self.graph
         members = set(group)
@@ -364,9 +366,7 @@ class ProgramBuilder:
         available = {i for i in (*self.inputs, *self.inside) if graph.is_map(i) and i not in made}
         targets = {*outputs, *(graph.nodes[p].inputs[0] for p in reductions)}
         nodes, sources = closure(graph, targets, available)
-        loop = make_loop(
-            graph, name, nodes, sources, (), reductions, outputs, self.rows, self.carried, self.chunks
-        )
+        loop = make_loop(graph, name, nodes, sources, (), reductions, outputs, self.rows, self.carried, self.chunks)
         carries = next((f.name for f in forward_loops if loop.carries and loop.same_rows(f)), None)
         steps: list[Step] = []
         if carries is not None:
@@ -436,9 +436,7 @@ class ProgramBuilder:
         )
         ordered = tuple(dict.fromkeys(wholes))
         hollow = frozenset(p for p in nodes if self._hollow(p, nodes, active, differentiated))
-        return BackwardPass(
-            loop, nodes, differentiated, tuple(outputs), tuple(active), tuple(maps), ordered, hollow
-        )
+        return BackwardPass(loop, nodes, differentiated, tuple(outputs), tuple(active), tuple(maps), ordered, hollow)
 
     def _hollow(
         self, position: int, nodes: Sequence[int], injections: Sequence[int], differentiated: Collection[int]
@@ -511,7 +509,7 @@ class _Groups:
                 if index not in builder.inside or not builder._made_by_rows(index):
                     continue
                 streams = not builder._materialised_backward(index)
-                if streams and role is not Role.WHOLE or role is Role.REDUCE:
+                if (streams and role is not Role.WHOLE) or role is Role.REDUCE:
                     self.parent[self.find(position)] = self.find(graph.producer[index])
         for component in _components(self._edges()):
             first = component[0]

@@ -39,7 +39,8 @@ def report(plan: Plan) -> str:
     inputs = ", ".join(f"{v.name} {list(v.shape)}" for v in plan.graph.graph.inputs)
     lines.append(f"  input            {inputs}")
     lines.append(
-        f"  activation peak  {format_size(plan.peak_bytes)} predicted, plain PyTorch {format_size(plan.plain_peak_bytes)}"
+        f"  activation peak  {format_size(plan.peak_bytes)} predicted, "
+        f"plain PyTorch {format_size(plan.plain_peak_bytes)}"
         + (f" ({plan.plain_peak_bytes / plan.peak_bytes:.1f} times less)" if plan.peak_bytes else "")
     )
     lines.append(f"  extra work       {100 * plan.overhead:+.0f} % predicted")

@@ -11,7 +11,8 @@ Place = Literal["keep", "transient", "stream"]
 
 class Residency(NamedTuple):
     """``keep``: the full map lives until the backward pass has used it. ``transient``: the full map lives within one
-    pass, until its last reader there. ``stream``: only slabs exist."""
+    pass, until its last reader there. ``stream``: only slabs exist.
+    """
 
     forward: Place
     backward: Place

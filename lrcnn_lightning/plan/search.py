@@ -44,10 +44,8 @@ def choose_plan(
     budget = config.budget_bytes
     free_choice = config.rows == config.segments == config.batch_chunks == "auto"
     if budget == "auto":
-        if config.mode == "auto" and free_choice:
-            budget = int(free_bytes(device) * _SHARE_OF_FREE)
-        else:
-            budget = None
+        chooses_freely = config.mode == "auto" and free_choice
+        budget = int(free_bytes(device) * _SHARE_OF_FREE) if chooses_freely else None
     if config.mode == "auto" and free_choice and budget is not None:
         plain = plain_plan(graph, leaves, training)
         if plain.peak_bytes <= budget:
@@ -96,7 +94,8 @@ class _Search:
 
     def _rank(self, plan: Plan) -> tuple[float, ...]:
         """Smaller is better. With a budget: fitting plans by time, others by memory. Without: plans within the
-        allowed overhead by memory, others by time."""
+        allowed overhead by memory, others by time.
+        """
         if self.budget is not None:
             fits = plan.peak_bytes <= self.budget
             return (0, plan.cost.seconds) if fits else (1, plan.peak_bytes)

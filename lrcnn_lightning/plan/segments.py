@@ -7,8 +7,11 @@ frozen prefix, of which nothing is differentiated, is a segment of its own that 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from lrcnn_lightning.rules import Role, RowGraph
 
@@ -29,8 +32,6 @@ class Stretch:
 
 def differentiable_values(graph: RowGraph, leaves: Collection[int]) -> set[int]:
     """The values that have a gradient, given the leaf values (inputs, parameters) that require one."""
-    import torch
-
     found = set(leaves)
     for node in graph.nodes:
         if not node.context.grad or node.op is torch.ops.aten.detach.default:
@@ -95,13 +96,13 @@ def segment_borders(graph: RowGraph, nodes: Sequence[int], count: int, rows: int
         if chosen is None:
             continue
         ends = [0, *chosen, len(nodes)]
-        largest = max(prefix[b] - prefix[a] for a, b in zip(ends, ends[1:], strict=False))
+        largest = max(prefix[b] - prefix[a] for a, b in itertools.pairwise(ends))
         cost = sum(crossing[c] for c in chosen) + largest / max(rows, 1)
         short_of = count - 1 - len(chosen)
         if best is None or (short_of, cost) < (count - 1 - len(best[1]), best[0]):
             best = (cost, chosen)
     ends = [0, *(best[1] if best else []), len(nodes)]
-    return [tuple(nodes[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+    return [tuple(nodes[a:b]) for a, b in itertools.pairwise(ends)]
 
 
 def _sensible_cuts(crossing: Sequence[int], prefix: Sequence[int]) -> list[int]:

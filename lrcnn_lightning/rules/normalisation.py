@@ -30,6 +30,17 @@ __all__ = ["Normalise", "normalise", "update_statistics"]
 aten = torch.ops.aten
 
 
+def _with_plain_strides(x: Tensor) -> Tensor:
+    """The same tensor; a batch of one sample with the batch stride that a larger batch would have.
+
+    A view of one sample, channels last, can have a batch stride of C. It means nothing, but ATen's batch norm takes
+    it for the stride of a memory format, and its backward then mixes up the channels.
+    """
+    if x.shape[0] != 1 or x.is_contiguous():
+        return x
+    return x.as_strided(x.shape, (x.numel(), *x.stride()[1:]))
+
+
 class _Normalise(torch.autograd.Function):
     """Frozen-statistics batch normalisation that also differentiates its statistics.
 
@@ -41,12 +52,14 @@ class _Normalise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, mean: Tensor, variance: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
         ctx.save_for_backward(x, mean, variance, weight)
         ctx.eps = eps
+        x = _with_plain_strides(x)
         return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, torch.backends.cudnn.enabled)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         x, mean, variance, weight = ctx.saved_tensors
+        x, gradient = _with_plain_strides(x), _with_plain_strides(gradient)
         needs = ctx.needs_input_grad
         statistics = needs[1] or needs[2]
         result, for_weight, for_bias = aten.native_batch_norm_backward.default(

@@ -14,10 +14,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional
 
 from lrcnn_lightning.rules.rule import Axes, Interval, Reduction, RowRule, Scope, Tile, register
@@ -26,6 +30,8 @@ from lrcnn_lightning.rules.window import spatial_tuple
 __all__ = ["AdaptivePool", "Resize"]
 
 aten = torch.ops.aten
+
+Numbers = npt.NDArray[Any]
 
 _MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -41,42 +47,44 @@ class Resize(RowRule):
     height: int
     out_height: int
     step: float
+    by_scale: bool
     others: tuple[int, ...]
     scales: tuple[float, ...] | None
     same_width: bool
     axes: tuple[Axes, ...]
     family = "resize"
 
-    def _taps(self, row: int, dtype: torch.dtype) -> tuple[int, ...]:
-        """The source rows of one output row."""
-        lines, _ = self._sources(Interval(row, row + 1), dtype)
-        return tuple(int(line[0]) for line in lines)
-
-    def _sources(self, output: Interval, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    def _sources(self, output: Interval, dtype: torch.dtype) -> tuple[list[Numbers], list[Numbers]]:
         """For each tap: the source row of each output row, and its weight (computed as the operation computes it)."""
-        exact = torch.float64 if dtype is torch.float64 else torch.float32
-        rows = torch.arange(output.lo, output.hi, dtype=exact)
-        step = torch.tensor(self.step, dtype=exact)
-        last = self.height - 1
-        if self.mode == "nearest":
-            return [(rows * step).floor().long().clamp(max=last)], []
-        if self.mode == "nearest-exact":
-            return [((rows + 0.5) * step).floor().long().clamp(max=last)], []
-        place = rows * step if self.align_corners else (rows + 0.5) * step - 0.5
+        exact = np.float64 if dtype is torch.float64 and not self.mode.startswith("nearest") else np.float32
+        rows, last = np.arange(output.lo, output.hi).astype(exact), self.height - 1
+        step, half = exact(self.step), exact(0.5)
+        if self.mode.startswith("nearest"):
+            place = rows * step if self.mode == "nearest" else (rows + half) * step
+            return [_floor(place).clip(0, last)], []
+        place = rows * step if self.align_corners else (rows + half) * step - half
         if self.mode == "linear":
-            place = place.clamp(min=0)
-            base = place.floor().long().clamp(max=last)
-            fraction = (place - base).clamp(0, 1)
-            return [base, (base + 1).clamp(max=last)], [1 - fraction, fraction]
-        base = place.floor()
-        t = place - base
-        lines = [(base.long() + offset).clamp(0, last) for offset in (-1, 0, 1, 2)]
+            place = place.clip(min=0)
+            base = _floor(place).clip(max=last)
+            fraction = (place - base.astype(exact)).clip(0, 1)
+            return [base, (base + 1).clip(max=last)], [1 - fraction, fraction]
+        base = _floor(place)
+        t = place - base.astype(exact)
+        lines = [(base + offset).clip(0, last) for offset in (-1, 0, 1, 2)]
         return lines, [_far(t + 1), _near(t), _near(1 - t), _far(2 - t)]
 
     def needed(self, output: Interval) -> Interval:
-        first = self._taps(output.lo, torch.float64) + self._taps(output.lo, torch.float32)
-        last = self._taps(output.hi - 1, torch.float64) + self._taps(output.hi - 1, torch.float32)
-        return Interval(min(first), max(last) + 1)
+        rows: list[int] = []
+        for row in (output.lo, output.hi - 1):
+            for dtype in (torch.float32, torch.float64):
+                rows.extend(int(line[0]) for line in self._sources(Interval(row, row + 1), dtype)[0])
+                if self.mode.startswith("nearest"):
+                    rows.append(self._nearest_forward(dtype)[row])
+        return Interval(min(rows), max(rows) + 1)
+
+    def _nearest_forward(self, dtype: torch.dtype) -> tuple[int, ...]:
+        scale = 1 / self.step if self.by_scale else None
+        return _nearest_rows(self.mode, len(self.others), self.height, self.out_height, scale, dtype)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor:
         slab: Tensor = args[0]
@@ -84,12 +92,22 @@ class Resize(RowRule):
             slab = self._resize_others(slab)
         lines, weights = self._sources(tile.rows, slab.dtype)
         start = self.needed(tile.rows).lo
+        places = [torch.tensor((line - start).tolist(), device=slab.device) for line in lines]
+        if not weights:
+            (backward,) = places
+            if slab.is_cuda:
+                return slab.index_select(self.axis, backward)
+            chosen = [row - start for row in self._nearest_forward(slab.dtype)[tile.rows.lo : tile.rows.hi]]
+            if chosen == (lines[0] - start).tolist():
+                return slab.index_select(self.axis, backward)
+            forward = torch.tensor(chosen, device=slab.device)
+            nearest_rows: Tensor = _TwoNearest.apply(slab, self.axis, forward, backward)  # type: ignore[no-untyped-call]
+            return nearest_rows
         shape = [-1] + [1] * (slab.dim() - 1 - self.axis)
         result: Tensor | None = None
-        for tap, line in enumerate(lines):
-            taken = slab.index_select(self.axis, (line - start).to(slab.device))
-            if weights:
-                taken = taken * weights[tap].to(slab).view(shape)
+        for place, weight in zip(places, weights, strict=True):
+            factor = torch.tensor(weight.tolist(), device=slab.device, dtype=slab.dtype).view(shape)
+            taken = slab.index_select(self.axis, place) * factor
             result = taken if result is None else result + taken
         assert result is not None
         return result
@@ -115,12 +133,53 @@ class Resize(RowRule):
         return functional.interpolate(slab, sizes, mode=mode, align_corners=self.align_corners)
 
 
-def _near(x: Tensor) -> Tensor:
+class _TwoNearest(torch.autograd.Function):
+    """Copies of some rows, whose gradient goes to others.
+
+    On the CPU, nearest interpolation finds a row in its forward pass in one way and in its backward pass in another.
+    Where (i + 1/2) H / H' is an integer, rounding can part them. Plain training does that, so we do.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, slab: Tensor, axis: int, forward: Tensor, backward: Tensor) -> Tensor:
+        ctx.axis, ctx.size = axis, slab.shape[axis]
+        ctx.save_for_backward(backward)
+        return slab.index_select(axis, forward)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        (places,) = ctx.saved_tensors
+        shape = list(gradient.shape)
+        shape[ctx.axis] = ctx.size
+        return gradient.new_zeros(shape).index_add_(ctx.axis, places, gradient), None, None, None
+
+
+@lru_cache(1024)
+def _nearest_rows(
+    mode: str, dimensions: int, height: int, out_height: int, scale: float | None, dtype: torch.dtype
+) -> tuple[int, ...]:
+    """The source row of each output row in the forward pass on the CPU, found out by resizing the row numbers."""
+    with unset_fake_temporarily(), torch.no_grad():
+        numbers = torch.arange(height, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+        column = numbers.view([1, 1, height] + [1] * (dimensions - 1))
+        size = None if scale else [out_height] + [1] * (dimensions - 1)
+        scales = [scale] + [1.0] * (dimensions - 1) if scale else None
+        resized = functional.interpolate(column, size, scales, mode)
+        return tuple(int(row) for row in resized.flatten().tolist())
+
+
+def _floor(place: Numbers) -> Numbers:
+    result: Numbers = np.floor(place).astype(np.int64)
+    return result
+
+
+def _near(x: Numbers) -> Numbers:
     """Cubic convolution kernel (A = -0.75) for |x| <= 1."""
     return ((-0.75 + 2) * x - (-0.75 + 3)) * x * x + 1
 
 
-def _far(x: Tensor) -> Tensor:
+def _far(x: Numbers) -> Numbers:
     """Cubic convolution kernel (A = -0.75) for 1 < |x| < 2."""
     return ((-0.75 * x + 5 * 0.75) * x - 8 * 0.75) * x + 4 * 0.75
 
@@ -134,10 +193,12 @@ def _resize(scope: Scope, mode: str, align_corners: bool, scales: Any) -> RowRul
     if axes.row is None or position < 0:
         return None
     height, out_height = shape[axes.row], out[axes.row]
+    by_scale = False
     if align_corners:
         step = (height - 1) / (out_height - 1) if out_height > 1 else 0.0
     else:
         scale = None if scales is None else scales[position]
+        by_scale = bool(scale)
         step = 1.0 / scale if scale else height / out_height
     # A scale that does not give the size exactly moves the coordinates of the other axes, too.
     kept = None
@@ -152,6 +213,7 @@ def _resize(scope: Scope, mode: str, align_corners: bool, scales: Any) -> RowRul
         height,
         out_height,
         step,
+        by_scale,
         out[2:],
         kept,
         same_width,
