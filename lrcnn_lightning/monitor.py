@@ -590,7 +590,7 @@ def _backend_peaks(device: torch.device) -> dict[str, float]:
 def _activation_memory_class() -> type[Any]:
     """The callback as a subclass of the ``Callback`` of each Lightning that is installed, so that any Trainer takes it.
 
-    ``lightning.pytorch`` and ``pytorch_lightning`` each have a base class, neither of which holds more than empty hooks.
+    ``lightning.pytorch`` and ``pytorch_lightning`` each have a base class; neither holds more than empty hooks.
     """
     bases: list[type] = []
     for namespace in ("lightning.pytorch", "pytorch_lightning"):

@@ -192,3 +192,56 @@ def test_random_networks(recipe: Recipe, chosen: list[Choices]) -> None:
 @given(recipes(16), choices())
 def test_many_random_networks(recipe: Recipe, chosen: list[Choices]) -> None:
     verify(recipe, chosen)
+
+
+# ---------------------------------------------------------------------------------- what once failed, and its story
+
+CONVOLUTION = (2, 1, 1, 0, 1, 1, False)
+
+STORIES = {
+    # Nearest interpolation on the CPU finds rows in float32 in its backward pass, and in its forward pass mostly in
+    # the map's own type. At these heights the two part, and so did we, from both.
+    "nearest, rounded": Recipe(
+        (1, 2, 26), (Step("resize", (0,), ((46,), "nearest")), Step("conv", (1,), (1, 3, 1, 1, 1, 1, True))), (2,)
+    ),
+    "nearest-exact, rounded": Recipe(
+        (1, 1, 13),
+        (
+            Step("transposed", (0,), (1, 1, 2, 0, 1)),
+            Step("conv", (1,), (1, 4, 1, 0, 1, 1, False)),
+            Step("multiply", (2, 1), ("nearest-exact",)),
+        ),
+        (3,),
+    ),
+    # A view of one sample, channels last, has a batch stride of C. ATen's batch norm backward took it for the stride
+    # of a memory format and mixed up the channels.
+    "one sample, channels last, group norm": Recipe(
+        (1, 2, 4, 3), (Step("last", (0,), (2,)), Step("group", (1,), (1,))), (2,)
+    ),
+    "one sample, channels last, instance norm": Recipe(
+        (1, 2, 4, 3), (Step("last", (0,), (2,)), Step("instance", (1,), (True, True))), (2,)
+    ),
+    # The first rows of the interval were reached by no input row; the slab began below them.
+    "transposed stride above kernel": Recipe(
+        (1, 1, 9, 4), (Step("transposed", (0,), (1, 2, 3, 0, 0)), Step("conv", (1,), (1, 3, 1, 0, 1, 1, True))), (2,)
+    ),
+    # A segment that is not differentiated had an output that said it was, and saved nothing for its backward pass.
+    "detached input first": Recipe((1, 1, 2), (Step("detach", (0,)),), (1,)),
+    # The segment reads parameters, its output does not depend on them.
+    "output of no parameter": Recipe(
+        (1, 1, 2, 2),
+        (Step("conv", (0,), CONVOLUTION), Step("batch", (1,)), Step("activation", (0,), ("hardswish",))),
+        (3,),
+        input_gradient=False,
+    ),
+    # A map made by a whole operation has no residency, and was looked up.
+    "whole operation inside a segment": Recipe(
+        (1, 2, 6, 5), (Step("conv", (0,), CONVOLUTION), Step("flip", (1,)), Step("activation", (2,), ("tanh",))), (3,)
+    ),
+}
+
+
+@pytest.mark.parametrize("story", STORIES)
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_stories(story: str, rows: int) -> None:
+    verify(STORIES[story], [Choices(mode, rows, 1, 1, keeping) for mode in MODES for keeping in KEEPINGS])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
 
+from lrcnn_lightning.errors import CaptureError
 from lrcnn_lightning.plan.plan import Choices
 from tests.oracle import MODES, assert_exact, check_rules, no_gradient, roles
 
@@ -116,6 +117,8 @@ def convolution(name: str, *args: Any, shape: tuple[int, ...] = MAP, axis: int |
     convolution("kernel 1 with padding", 3, 1, padding=2),
     convolution("kernel 1 with padding and stride", 3, 1, padding=3, stride=2),
     convolution("padding beyond the kernel", 3, 3, padding=5),
+    convolution("padding beyond the kernel, stride 2", 3, 3, padding=6, stride=2),
+    convolution("padding beyond the kernel, stride 3", 3, 2, padding=7, stride=3),
     convolution("dilation 2", 3, 3, dilation=2, padding=2),
     convolution("dilation 3, stride 2", 3, 3, dilation=3, padding=3, stride=2),
     convolution("dilation differs by axis", 3, (3, 2), dilation=(2, 3), padding=(1, 2), stride=(3, 1)),
@@ -370,6 +373,12 @@ def fire(x: Tensor) -> Tensor:
     Case("slice rows with a step", of(lambda x: x[:, :, 1::3])),
     Case("slice columns", of(lambda x: x[..., 1:-2])),
     Case("slice everything", of(lambda x: x[:, :, :, 2:5] + x[:, :, :, 1:4])),
+    Case("reordered channels", of(lambda x: x[:, [2, 0, 3, 1]])),
+    Case("index select", of(lambda x: torch.index_select(x, 1, torch.tensor([3, 1])))),
+    Case("repeated channels", of(lambda x: x.repeat_interleave(2, 1))),
+    Case("matrix transpose", of(lambda x: x.mT * 2)),
+    Case("sorted channels", of(lambda x: torch.sort(x, 1)[0])),
+    Case("differences", of(lambda x: (x[..., 1:] - x[..., :-1], x[:, :, 1:] - x[:, :, :-1]))),
     Case("slice samples", of(lambda x: x[:1])),
     Case("crops of one map", of(fire)),
     Case("narrow rows", of(lambda x: x.narrow(2, 3, 4))),
@@ -409,6 +418,7 @@ def padding(name: str, widths: Sequence[int], mode: str, shape: tuple[int, ...] 
     padding("constant negative", (-1, -1, -2, -3), "constant"),
     padding("constant above, cut below", (0, 0, 2, -3), "constant"),
     padding("constant cut above, below", (0, 0, -3, 2), "constant"),
+    padding("constant very far above", (0, 0, 25, 0), "constant"),
     padding("constant far", (0, 0, 12, 11), "constant"),
     padding("constant samples", (0, 0, 0, 0, 0, 0, 0, 1), "constant"),
     padding("reflect", (1, 2, 3, 4), "reflect"),
@@ -780,6 +790,85 @@ def shared() -> nn.Module:
 def test_prologue(case: Case) -> None:
     torch.manual_seed(0)
     verify(case)
+
+
+# ------------------------------------------------------------------------------------- operations without a rule
+
+
+class Unpooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.after = nn.Conv2d(C, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, indices = functional.max_pool2d(x, 2, return_indices=True)
+        result: Tensor = self.after(functional.max_unpool2d(torch.tanh(y), indices, 2, output_size=x.shape[2:]))
+        return result
+
+
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Conv2d(C, C, 1) for _ in range(3))
+        self.after = nn.Conv2d(C, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (f(x).flatten(2).transpose(1, 2) for f in (self.query, self.key, self.value))
+        y = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        result: Tensor = self.after(x + y.reshape(x.shape))
+        return result
+
+
+class Warped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.field, self.after = nn.Conv2d(C, 2, 3, padding=1), nn.Conv2d(C, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = torch.tanh(self.field(x)).permute(0, 2, 3, 1)
+        result: Tensor = self.after(functional.grid_sample(x, grid, align_corners=False))
+        return result
+
+
+class Recurrent(nn.Module):
+    """One convolution, three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.Conv2d(2 * C, 2 * C, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros_like(x)
+        for _ in range(3):
+            gate, value = self.cell(torch.cat([x, state], 1)).chunk(2, 1)
+            state = state + torch.sigmoid(gate) * torch.tanh(value)
+        return state
+
+
+_FLAT = "flatten.using_ints"
+
+
+@table(
+    Case("maximum unpooling", Unpooled, whole=["max_unpool2d.default"]),
+    Case("self attention", SelfAttention, whole=[_FLAT, _FLAT, _FLAT, "reshape.default"]),
+    Case("warp", Warped, whole=["grid_sampler.default"]),
+    Case("recurrence", Recurrent),
+    Case("classifier", lambda: nn.Sequential(nn.Flatten(), nn.Linear(C * H * W, 3)), whole=[_FLAT]),
+    Case(
+        "whole, then by rows again",
+        of(lambda x: torch.flip(torch.cumsum(x, 2), (2,)).sin()),
+        whole=["cumsum.default", "flip.default"],
+    ),
+)
+def test_whole(case: Case) -> None:
+    verify(case)
+
+
+def test_cumulative_batch_norm_cannot_be_captured() -> None:
+    """``momentum=None`` reads the number of batches as a Python number."""
+    module = nn.Sequential(nn.Conv2d(C, C, 3), nn.BatchNorm2d(C, momentum=None)).double()
+    with pytest.raises(CaptureError, match="data-dependent"):
+        check_rules(module, torch.randn(MAP, dtype=torch.float64))
 
 
 # ------------------------------------------------------------------------------------------- inputs and outputs

@@ -42,6 +42,8 @@ class Machine:
     operations_a_second: float = 60e9
     bytes_a_second: float = 8e9
     seconds_a_call: float = 12e-6
+    seconds_a_slab: float = 80e-6
+    """Of a call on a slab, with the cutting, carrying and dropping around it."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,8 @@ _VIEWS = {
 class _Model:
     """Sizes and work of the nodes of a graph."""
 
-    def __init__(self, graph: RowGraph, machine: Machine) -> None:
-        self.graph, self.machine = graph, machine
+    def __init__(self, graph: RowGraph, machine: Machine, seconds_a_call: float) -> None:
+        self.graph, self.machine, self.seconds_a_call = graph, machine, seconds_a_call
 
     def bytes_of(self, value: int, rows: int, samples: int) -> float:
         """Bytes of a slab."""
@@ -203,7 +205,7 @@ class _Model:
         machine = self.machine
         arithmetic = self.operations(position) / machine.operations_a_second
         traffic = self.moved(position) / machine.bytes_a_second
-        return times * share * max(arithmetic, traffic) + machine.seconds_a_call
+        return times * share * max(arithmetic, traffic) + self.seconds_a_call
 
     def saved(self, position: int) -> tuple[bool, bool]:
         """Whether autograd saves the inputs, and the result, of a node."""
@@ -226,7 +228,7 @@ class _Simulation:
 
     def __init__(self, graph: RowGraph, differentiable: Collection[int], machine: Machine) -> None:
         self.graph, self.differentiable = graph, differentiable
-        self.model = _Model(graph, machine)
+        self.model = _Model(graph, machine, machine.seconds_a_slab)
         self.memory = Memory()
         self.seconds = 0.0
 
@@ -536,7 +538,7 @@ def program_cost(
 
 def plain_cost(graph: RowGraph, differentiable: Collection[int], machine: Machine = Machine()) -> Cost:
     """The cost of one step of plain, column-centric execution: what autograd saves stays until it is used."""
-    model = _Model(graph, machine)
+    model = _Model(graph, machine, machine.seconds_a_call)
     memory = Memory()
     seconds = 0.0
     holders: dict[int, int] = {}

@@ -70,7 +70,7 @@ def _segment_line(graph: RowGraph, segment: SegmentProgram) -> str:
     loops = [step.loop for step in segment.forward if isinstance(step, RunRows)]
     rows = max(len(loop.rows) for loop in loops)
     carried = sum(_carried_bytes(graph, loop) for loop in loops)
-    kept = sum(graph.values[i].bytes for i in {*segment.kept, *segment.outputs} if graph.is_map(i))
+    kept = sum(graph.values[i].bytes for i in {*segment.kept, *segment.outputs} - {*segment.inputs} if graph.is_map(i))
     return f"{segment.name:8} {len(loops):>6} {rows:>5}  {format_size(carried):>10}  {format_size(kept):>10}  {span}"
 
 

@@ -30,15 +30,18 @@ __all__ = ["Normalise", "normalise", "update_statistics"]
 aten = torch.ops.aten
 
 
-def _with_plain_strides(x: Tensor) -> Tensor:
-    """The same tensor; a batch of one sample with the batch stride that a larger batch would have.
+def _strides_mislead(x: Tensor) -> bool:
+    """Whether ATen's batch norm would mix up the channels of ``x`` in its backward pass on the CPU.
 
-    A view of one sample, channels last, can have a batch stride of C. It means nothing, but ATen's batch norm takes
-    it for the stride of a memory format, and its backward then mixes up the channels.
+    A view of one sample, channels last, can have a batch stride of C. It means nothing where there is one sample, but
+    ATen takes it for the stride of a memory format.
     """
-    if x.shape[0] != 1 or x.is_contiguous():
-        return x
-    return x.as_strided(x.shape, (x.numel(), *x.stride()[1:]))
+    return x.shape[0] == 1 and x.stride(0) < x.numel() and not x.is_contiguous()
+
+
+def _with_plain_strides(x: Tensor) -> Tensor:
+    """The same tensor, with the batch stride that a larger batch would have where its own would mislead."""
+    return x.as_strided(x.shape, (x.numel(), *x.stride()[1:])) if _strides_mislead(x) else x
 
 
 class _Normalise(torch.autograd.Function):
@@ -136,13 +139,25 @@ def normalise_rule(scope: Scope) -> RowRule | None:
     return Normalise(scope.shape(scope.node.args[0])[0], (axes,))
 
 
+@dataclass(frozen=True)
+class FrozenNorm(AlongRows):
+    """``batch_norm`` with frozen statistics."""
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor:
+        x: Tensor = args[0]
+        if _strides_mislead(x):
+            x = x.contiguous()
+        result: Tensor = self.operation(x, *args[1:], **kwargs)
+        return result
+
+
 @register("normalisation", aten.batch_norm.default)
 def frozen_batch_norm(scope: Scope) -> RowRule | None:
     """``batch_norm`` with frozen statistics (training mode has been expanded)."""
     axes = scope.of(scope.node.args[0])
     if axes.row is None or axes.row < 2 or scope.node.args[5] or not scope.only_first_has_rows():
         return None
-    return AlongRows(scope.node.op, (axes,))
+    return FrozenNorm(scope.node.op, (axes,))
 
 
 def _update_statistics(

@@ -47,7 +47,7 @@ class Resize(RowRule):
     height: int
     out_height: int
     step: float
-    by_scale: bool
+    scale: float | None
     others: tuple[int, ...]
     scales: tuple[float, ...] | None
     same_width: bool
@@ -83,8 +83,7 @@ class Resize(RowRule):
         return Interval(min(rows), max(rows) + 1)
 
     def _nearest_forward(self, dtype: torch.dtype) -> tuple[int, ...]:
-        scale = 1 / self.step if self.by_scale else None
-        return _nearest_rows(self.mode, len(self.others), self.height, self.out_height, scale, dtype)
+        return _nearest_rows(self.mode, len(self.others), self.height, self.out_height, self.scale, dtype)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor:
         slab: Tensor = args[0]
@@ -193,12 +192,11 @@ def _resize(scope: Scope, mode: str, align_corners: bool, scales: Any) -> RowRul
     if axes.row is None or position < 0:
         return None
     height, out_height = shape[axes.row], out[axes.row]
-    by_scale = False
+    scale = None
     if align_corners:
         step = (height - 1) / (out_height - 1) if out_height > 1 else 0.0
     else:
         scale = None if scales is None else scales[position]
-        by_scale = bool(scale)
         step = 1.0 / scale if scale else height / out_height
     # A scale that does not give the size exactly moves the coordinates of the other axes, too.
     kept = None
@@ -213,7 +211,7 @@ def _resize(scope: Scope, mode: str, align_corners: bool, scales: Any) -> RowRul
         height,
         out_height,
         step,
-        by_scale,
+        scale,
         out[2:],
         kept,
         same_width,
