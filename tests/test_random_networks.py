@@ -95,6 +95,7 @@ def recipes(draw: Any, most: int = 9) -> Recipe:
     high = (14, 12, 7)[dimensions - 1]
     shape = (draw(st.integers(1, 3)), draw(st.integers(1, 4)), *(draw(st.integers(1, high)) for _ in range(dimensions)))
     shape = (*shape[:2], max(shape[2], 2), *shape[3:])
+    copied = False  # whether a map holds an element twice
     shapes: list[tuple[int, ...]] = [shape]
     steps: list[Step] = []
     modules: list[Any] = []
@@ -126,6 +127,11 @@ def recipes(draw: Any, most: int = 9) -> Recipe:
         if min(result) < 1 or max(result[2:]) > LARGEST or result[1] > 8 or (rough and few < 4):
             continue
         if kind == "last" and shapes[source][1] < 2:
+            continue
+        # Of two equal elements rounding makes one the larger, plainly or by rows, and it takes the gradient.
+        copied = copied or kind == "adaptive" or any(n in ("nearest", "nearest-exact") for n in numbers)
+        copied = copied or any(n in ("reflect", "replicate") for n in numbers)
+        if copied and (kind == "max" or (kind == "gate" and "max" in numbers[0])):
             continue
         steps.append(step)
         modules.append(module)

@@ -22,12 +22,9 @@ def cut(tensor: Tensor, axes: Axes, tile: Tile) -> Tensor:
 
 
 def _memory_format(slab: Tensor) -> torch.memory_format:
-    """The memory format of a slab, to be that of the full map."""
-    if not slab.is_contiguous():
-        if slab.dim() == 4 and slab.is_contiguous(memory_format=torch.channels_last):
-            return torch.channels_last
-        if slab.dim() == 5 and slab.is_contiguous(memory_format=torch.channels_last_3d):
-            return torch.channels_last_3d
+    """The memory format of a slab, to be that of the full map. The slab may be a cut, which is dense in neither."""
+    if slab.dim() in (4, 5) and slab.shape[1] > 1 and slab.stride(1) == 1 and not slab.is_contiguous():
+        return torch.channels_last if slab.dim() == 4 else torch.channels_last_3d
     return torch.contiguous_format
 
 

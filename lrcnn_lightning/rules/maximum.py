@@ -1,19 +1,19 @@
 """Maxima and minima over rows, with ATen's treatment of ties.
 
-``amax``, ``amin``, ``max()`` and ``min()`` share the gradient evenly among the elements that attain the extreme, so
-their number is part of the reduction:
+A map of one element a row is computed by rows, and what is left of it is reduced whole:
 
-    extreme, ties = extremes(x)           two rows: the larger of both; the ties of the larger, or of both
+    x -> line_extreme -> N C H 1, how many attain it -> join_extremes -> N C          amax, amin, max(), min()
+    x -> line_maximum -> N C H 1, where in the map   -> pick_maximum  -> N C 1 1      adaptive_max_pool to one element
 
-``adaptive_max_pool`` to one element gives the gradient to the first place that attains it, in the order of the map.
-A map of one element a row is left of it, and that is reduced whole:
+The first four share the gradient evenly among the elements that attain the extreme; pooling gives it to the first one.
 
-    x -> line_maximum -> N C H 1, where in the map -> pick_maximum -> N C 1 1
+This is no `Reduction`. That would have to find the extreme again in a slab that has been computed again, and where
+another slab height has rounded it differently no element would equal it: the gradient would be lost. Here each row
+finds its own extreme, in the slab at hand, and the rows share the gradient by numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,59 +22,57 @@ from torch import Tensor
 
 from lrcnn_lightning.graph import Node
 from lrcnn_lightning.rules.expansion import Builder, expands
-from lrcnn_lightning.rules.reduction import kept_batch, reduced_dimensions, restored, within_rows
-from lrcnn_lightning.rules.rule import WHOLE, Axes, Operator, Reduction, RowRule, Scope, Tile, register
+from lrcnn_lightning.rules.pointwise import AlongRows
+from lrcnn_lightning.rules.reduction import reduced_dimensions, within_rows
+from lrcnn_lightning.rules.rule import Axes, Operator, RowRule, Scope, Tile, register
 
-__all__ = ["Extreme", "LineMaximum", "extremes", "line_maximum", "pick_maximum"]
+__all__ = ["LineMaximum", "join_extremes", "line_extreme", "line_maximum", "pick_maximum"]
 
 aten = torch.ops.aten
 
 
-def _extremes(x: Tensor, dims: tuple[int, ...], keepdim: bool, largest: bool) -> tuple[Tensor, Tensor]:
-    kept = x.amax(dims, keepdim=True) if largest else x.amin(dims, keepdim=True)
-    ties = (x.detach() == kept.detach()).sum(dims, keepdim=keepdim)
-    return kept.reshape(ties.shape), ties
+def _line_extreme(x: Tensor, dims: tuple[int, ...], largest: bool) -> tuple[Tensor, Tensor]:
+    """The extreme over ``dims`` (which keep size one), and how many attain it."""
+    if not dims:
+        return x.clone(), torch.ones_like(x, dtype=torch.int64)
+    extreme = x.amax(dims, keepdim=True) if largest else x.amin(dims, keepdim=True)
+    return extreme, (x.detach() == extreme.detach()).sum(dims, keepdim=True)
 
 
-extremes = Operator("extremes", _extremes)
+class _Join(torch.autograd.Function):
+    """The extreme along one dimension; its gradient is shared by the number of elements behind each entry."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, ties: Tensor, row: int, largest: bool) -> Tensor:
+        result = values.amax(row, keepdim=True) if largest else values.amin(row, keepdim=True)
+        shares = ties * (values == result)
+        ctx.save_for_backward((shares / shares.sum(row, keepdim=True)).to(values.dtype))
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        (shares,) = ctx.saved_tensors
+        return gradient * shares, None, None, None
 
 
-@dataclass(frozen=True)
-class Extreme(Reduction):
-    """The largest or smallest element over dimensions that include the row axis, and how many attain it."""
-
-    dims: tuple[int, ...]
-    keepdim: bool
-    largest: bool
-    keeps_batch: int | None
-    axes: tuple[Axes, ...] = (WHOLE, WHOLE)
-
-    def partial(self, slab: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        return _extremes(slab, self.dims, self.keepdim, self.largest)
-
-    def merge(self, first: tuple[Any, ...], second: tuple[Any, ...]) -> tuple[Any, ...]:
-        value = (torch.maximum if self.largest else torch.minimum)(first[0], second[0])
-        return value, first[1] * (first[0] == value) + second[1] * (second[0] == value)
-
-    def finish(self, state: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        return state
-
-    def inject(
-        self, slab: Tensor, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], args: tuple[Any, ...]
-    ) -> Tensor:
-        gradient = gradients[0]
-        assert gradient is not None
-        value, share = (restored(t, self.dims, self.keepdim) for t in (outputs[0], gradient / outputs[1]))
-        return ((slab == value) * share).to(slab.dtype)
+def _join_extremes(values: Tensor, ties: Tensor, row: int, largest: bool, shape: list[int]) -> Tensor:
+    """The extreme of the rows' extremes."""
+    result: Tensor = _Join.apply(values, ties, row, largest)  # type: ignore[no-untyped-call]
+    return result.reshape(shape)
 
 
-@register("reduction", extremes)
-def extremes_rule(scope: Scope) -> Reduction | None:
-    """``extremes(input, dims, keepdim, largest)``."""
-    _, dims, keepdim, largest = scope.node.args
-    if not scope.only_first_has_rows() or scope.of(scope.node.args[0]).row not in dims:
+line_extreme = Operator("line_extreme", _line_extreme)
+join_extremes = Operator("join_extremes", _join_extremes)
+
+
+@register("reduction", line_extreme)
+def line_extreme_rule(scope: Scope) -> RowRule | None:
+    """``line_extreme(input, dims, largest)``: ``dims`` are others than the row axis."""
+    axes, dims = scope.of(scope.node.args[0]), scope.node.args[1]
+    if not scope.only_first_has_rows() or axes.row in dims:
         return None
-    return Extreme(dims, keepdim, largest, kept_batch(scope, dims, keepdim))
+    return AlongRows(scope.node.op, (Axes(axes.row, None if axes.batch in dims else axes.batch),) * 2)
 
 
 @register("reduction", aten.amax.default, aten.amin.default)
@@ -91,14 +89,17 @@ def within(scope: Scope) -> RowRule | None:
 def expand_extreme(builder: Builder, node: Node) -> bool:
     """``amax(input, dim, keepdim)``, ``max(input)``."""
     value, out = builder.values[node.args[0].index], builder.values[node.outputs[0]]
-    rank = len(value.shape)
+    row, rank = builder.dimension, len(value.shape)
     dims = reduced_dimensions(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim"), rank)
-    keepdim = bool(node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False))
-    if rank < 3 or builder.dimension not in dims:
+    if rank < 3 or row not in dims:
         return False
-    ties = builder.value(f"{node.name}_ties", out.shape, torch.int64, out.device)
+    others = tuple(dim for dim in dims if dim != row)
+    shape = tuple(1 if dim in others else size for dim, size in enumerate(value.shape))
+    lines = builder.value(f"{node.name}_lines", shape, value.dtype, value.device)
+    ties = builder.value(f"{node.name}_ties", shape, torch.int64, value.device)
     largest = "max" in node.op._schema.name
-    builder.emit(node, extremes, (node.args[0], dims, keepdim, largest), (node.outputs[0], ties.index), "extremes")
+    builder.emit(node, line_extreme, (node.args[0], others, largest), (lines.index, ties.index), "lines")
+    builder.emit(node, join_extremes, (lines, ties, row, largest, list(out.shape)), node.outputs, "join")
     return True
 
 
