@@ -99,3 +99,16 @@ def test_sweep(name: str, segments: int, rows: int, mode: str) -> None:
     module = NETWORKS[name]().double()
     images = torch.randn(3, 3, 67, 45, dtype=torch.float64)
     assert_same_step(module, images, mode=mode, rows=rows, segments=segments, batch_chunks=2)
+
+
+def test_batch_norm_that_averages_over_all_batches() -> None:
+    """``momentum=None`` reads the count of batches in Python, which no trace can follow; it is exact all the same."""
+    torch.manual_seed(5)
+    module = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4, momentum=None), nn.ReLU()).double()
+    for _ in range(2):  # a mean of several batches, not only of the first
+        module(torch.randn(2, 2, 8, 8, dtype=torch.float64))
+    images = torch.randn(2, 2, 13, 8, dtype=torch.float64)
+    assert_same_step(module, images, mode="two_phase", rows=4)
+    assert_same_step(module, images, mode="overlap", rows=3)
+    assert_same_step(module.eval(), images, mode="two_phase", rows=4)
+    assert module[1].momentum is None

@@ -7,8 +7,11 @@ graphs and are written inline, with the switch noted on each node.  Parameters a
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +25,10 @@ from lrcnn_lightning.errors import CaptureError
 from lrcnn_lightning.graph.functional import functionalise
 from lrcnn_lightning.graph.graph import Context, Graph, Node, Ref, Value, ValueKind
 
-__all__ = ["capture"]
+__all__ = ["CUMULATIVE", "capture"]
+
+CUMULATIVE = -1.0
+"""The momentum in the graph of a normalisation whose running statistics are averages over all batches so far."""
 
 _SPECIAL_INPUTS = {
     InputKind.PARAMETER: ValueKind.PARAMETER,
@@ -47,6 +53,8 @@ def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
             torch.enable_grad(),
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False) if devices else torch.autocast("cpu", enabled=False),
+            _cumulative_averages(module),
+            _quietly(),
         ):
             example_args, example_kwargs = tree_map_only(torch.Tensor, _example, (tuple(args), dict(kwargs or {})))
             program = torch.export.export(module, example_args, example_kwargs, strict=False)
@@ -56,6 +64,38 @@ def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
         reason = str(error).strip().splitlines()
         raise CaptureError(f"{type(error).__name__}: {reason[0] if reason else 'no message'}") from error
     return functionalise(_Reader(program).graph())
+
+
+@contextlib.contextmanager
+def _cumulative_averages(module: nn.Module) -> Iterator[None]:
+    """BatchNorm with ``momentum=None`` reads its count of batches in Python, which cannot be traced: for the time of
+    the trace it has the momentum ``CUMULATIVE``, which the rules recognise.
+    """
+    changed = [
+        child
+        for child in module.modules()
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.momentum is None
+    ]
+    for child in changed:
+        child.momentum = CUMULATIVE
+    try:
+        yield
+    finally:
+        for child in changed:
+            child.momentum = None
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the partial graphs that a failing trace prints; the error says what is wrong."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _example(tensor: torch.Tensor) -> torch.Tensor:

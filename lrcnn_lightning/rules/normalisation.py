@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrcnn_lightning.graph import Node, Ref
+from lrcnn_lightning.graph import CUMULATIVE, Node, Ref
 from lrcnn_lightning.rules.expansion import Builder, expands
 from lrcnn_lightning.rules.pointwise import AlongRows, cut_whole
 from lrcnn_lightning.rules.reduction import moments
@@ -161,18 +161,28 @@ def frozen_batch_norm(scope: Scope) -> RowRule | None:
 
 
 def _update_statistics(
-    mean: Tensor, variance: Tensor, running_mean: Tensor, running_variance: Tensor, momentum: float, count: int
+    mean: Tensor,
+    variance: Tensor,
+    running_mean: Tensor,
+    running_variance: Tensor,
+    momentum: float,
+    count: int,
+    batches: Tensor | None = None,
 ) -> None:
     """Move the running statistics towards these; the variance with Bessel's correction, as ATen does.
 
-    Statistics of single samples (``[N, C]``) are averaged over the samples.
+    Statistics of single samples (``[N, C]``) are averaged over the samples. With ``batches`` the running statistics
+    are the averages over that many batches, this one included (``momentum=None`` of BatchNorm).
     """
     with torch.no_grad():
         if mean.dim() == 2:
             mean, variance = mean.mean(0), variance.mean(0)
         unbiased = variance * (count / max(count - 1, 1))
-        running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)
-        running_variance.mul_(1 - momentum).add_(unbiased.to(running_variance.dtype), alpha=momentum)
+        for running, now in ((running_mean, mean), (running_variance, unbiased)):
+            if batches is None:
+                running.mul_(1 - momentum).add_(now.to(running.dtype), alpha=momentum)
+            else:
+                running.lerp_(now.to(running.dtype), 1 / batches.to(running.dtype))
 
 
 update_statistics = Operator("update_statistics", _update_statistics)
@@ -208,7 +218,10 @@ def expand_batch_norm(builder: Builder, node: Node) -> bool:
         return False  # ATen's own error: more than one value per channel is expected
     mean, variance = _split(builder, node, x, None, (weight, bias), eps)
     if isinstance(running_mean, Ref):
-        args = (mean, variance, running_mean, running_variance, momentum, count)
+        args: tuple[Any, ...] = (mean, variance, running_mean, running_variance, momentum, count)
+        if momentum == CUMULATIVE:
+            source = str(builder.values[running_mean.index].source).replace("running_mean", "num_batches_tracked")
+            args = (*args, next(Ref(value.index) for value in builder.values if value.source == source))
         builder.emit(node, update_statistics, args, (), "statistics")
     return True
 
