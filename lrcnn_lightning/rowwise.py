@@ -15,12 +15,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 from lrcnn_lightning.config import RowConfig, did_you_mean
 from lrcnn_lightning.engine.execute import execute, requires_grad_leaves
 from lrcnn_lightning.errors import CaptureError, ConfigError, RowwiseError
-from lrcnn_lightning.graph import capture
+from lrcnn_lightning.graph import capture, processes, take_apart
 from lrcnn_lightning.plan.plan import Plan
 from lrcnn_lightning.plan.search import choose_plan
 from lrcnn_lightning.rules import RowGraph, lower
@@ -90,10 +89,14 @@ class RowwiseForward:
         kind = type(self.module).__name__
         return f"row-wise module {self.name!r} ({kind})" if self.name else f"row-wise module {kind}"
 
+    def _smaller(self) -> str:
+        """How a smaller part is named: in a strategy modules have names."""
+        return "Name smaller parts in `modules`" if self.name else "Call rowwise() on smaller parts of it"
+
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Plan, list[Any]]:
-        inputs, structure = tree_flatten((args, kwargs))
+        inputs, structure = take_apart((args, kwargs))
         state = tuple((type(child), child.training) for child in self.module.modules())
-        key = (structure, tuple(_metadata(leaf) for leaf in inputs), state)
+        key = (structure, tuple(_metadata(leaf) for leaf in inputs), state, processes())
         graph = self._graphs.get(key)
         if graph is None:
             with _put_back(self.module, self.previous):
@@ -116,9 +119,9 @@ class RowwiseForward:
         if self._unsupported is not None:
             return self._unsupported(self, error, args, kwargs)
         message = (
-            f"{self._where()} cannot be captured: {error}. Allowed is a module whose control flow does not depend on "
-            "the values of its tensors. Name smaller parts in `modules`, or pass on_unsupported='warn' to run it "
-            "plainly"
+            f"{self._where()} cannot be captured: {error}. Allowed is what torch.export can trace: Python code whose "
+            f"branches do not depend on the values of tensors. {self._smaller()}, or pass on_unsupported='warn' to run "
+            "this one plainly"
         )
         if self.config.on_unsupported == "error":
             raise CaptureError(message) from error
@@ -239,7 +242,9 @@ def plan(module: nn.Module, example: Any, **options: Any) -> Plan:
                 return tensor
             return torch.empty(tensor.shape, dtype=tensor.dtype, device=device, requires_grad=tensor.requires_grad)
 
-        args, kwargs = tree_map_only(torch.Tensor, real, (args, kwargs))
+        leaves, structure = take_apart((args, kwargs))
+        leaves = [real(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        args, kwargs = structure.put_together(leaves)
         executor = RowwiseForward(module, config)
         executor.previous = previous
         try:

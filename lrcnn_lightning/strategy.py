@@ -335,20 +335,6 @@ class _Parallel(_Rowwise, DDPStrategy):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
 
-    def _check(self, trainer: Trainer, module: nn.Module, session: RowwiseSession) -> None:
-        super()._check(trainer, module, session)
-        if trainer.state.fn != "fit" or self.world_size == 1:
-            return
-        for name, forward in session.forwards.items():
-            for path, child in forward.module.named_modules():
-                converted = self._layer_sync is not None and isinstance(child, nn.modules.batchnorm._BatchNorm)
-                if converted or isinstance(child, nn.SyncBatchNorm):
-                    raise ConfigError(
-                        f"{_path(name, path)} synchronises BatchNorm between the processes, and a row-wise module "
-                        "merges the moments of its own process only: use sync_batchnorm=False, or name in `modules` "
-                        "only modules without BatchNorm"
-                    )
-
 
 def _indexed(device: torch.device) -> torch.device:
     """``cuda`` as ``cuda:0``: Lightning sets the current device by its index."""

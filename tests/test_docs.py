@@ -109,14 +109,6 @@ class Masked(Part):
         return y[y > 0]
 
 
-class InPlace(Part):
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.convolution(x)
-        view = y.view(y.shape[0], y.shape[1], -1)
-        y.relu_()
-        return y.sum() + view.sum()
-
-
 def network() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
 
@@ -176,7 +168,6 @@ class Narrow(nn.Module):
 RAISED = {
     "row-wise module Branch": call(Branch(), mode="two_phase"),
     "row-wise module Masked": call(Masked(), mode="two_phase"),
-    "row-wise module InPlace": call(InPlace(), mode="two_phase"),
     "row-wise module Linear": call(nn.Linear(8, 8), (4, 8), mode="two_phase"),
     "a gradient of a gradient": twice,
     "row-wise module Sequential: rows=64": call(network(), rows=64),
@@ -190,7 +181,7 @@ WARNED = {
     "hooks inside": fit(hooked()),
     "strategy LRCNNStrategy: no submodule": fit(Narrow(), "lrcnn"),
 }
-ELSEWHERE = ("row-wise module RecursiveScriptModule", "backbone.1 synchronises")
+ELSEWHERE = ("row-wise module RecursiveScriptModule",)
 """TorchScript is deprecated and warns; what needs two processes is tested with the strategies."""
 
 

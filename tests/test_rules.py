@@ -93,8 +93,8 @@ def of(function: Callable[..., Any]) -> Callable[[], Callable[..., Any]]:
 
 def convolution(name: str, *args: Any, shape: tuple[int, ...] = MAP, axis: int | str = 2, **options: Any) -> Case:
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(shape) - 3]
-    whole = options.pop("whole", ())
-    return Case(name, lambda: kind(C, *args, **options), shape, whole=whole, axis=axis)
+    reduce = options.pop("reduce", 0)
+    return Case(name, lambda: kind(C, *args, **options), shape, reduce, axis=axis)
 
 
 @table(
@@ -136,7 +136,12 @@ def convolution(name: str, *args: Any, shape: tuple[int, ...] = MAP, axis: int |
     convolution("reflect", 3, 5, padding=2, padding_mode="reflect"),
     convolution("replicate", 3, 5, padding=(3, 2), padding_mode="replicate", stride=2),
     convolution("reflect same", 3, 4, padding="same", padding_mode="reflect"),
-    convolution("circular", 3, 3, padding=1, padding_mode="circular", whole=["pad.default"]),
+    convolution("circular", 3, 3, padding=1, padding_mode="circular", reduce=1),
+    convolution("circular, uneven and even kernel", 3, (4, 3), padding="same", padding_mode="circular", reduce=1),
+    convolution("circular, far", 3, (7, 1), stride=2, padding=(9, 0), padding_mode="circular", reduce=1),
+    convolution("circular along columns", 3, 5, padding=(3, 2), padding_mode="circular", reduce=1, axis=3),
+    convolution("circular 1d", 3, 5, padding=2, padding_mode="circular", reduce=1, shape=LINE),
+    convolution("circular 3d", 3, 3, padding=1, padding_mode="circular", reduce=1, shape=VOLUME),
     convolution("circular in columns", 3, 3, padding=(0, 1), padding_mode="circular"),
     convolution("1d", 3, 3, padding=1, shape=LINE),
     convolution("1d stride dilation", 3, 3, padding=4, stride=3, dilation=2, shape=LINE),
@@ -251,7 +256,7 @@ def test_average_pool(case: Case) -> None:
 
 @table(
     pool("average to 1", nn.AdaptiveAvgPool2d, 1, reduce=1),
-    pool("average to 1 x 3", nn.AdaptiveAvgPool2d, (1, 3), whole=["adaptive_avg_pool2d.default"]),
+    pool("average to 1 x 3", nn.AdaptiveAvgPool2d, (1, 3), reduce=1),
     pool("average to 3", nn.AdaptiveAvgPool2d, 3),
     pool("average to 4 x 1", nn.AdaptiveAvgPool2d, (4, 1)),
     pool("average to the same", nn.AdaptiveAvgPool2d, (None, 2)),
@@ -361,7 +366,10 @@ def fire(x: Tensor) -> Tensor:
     Case("split equal", of(lambda x: torch.split(x, 2, 1)[1])),
     Case("split columns", of(lambda x: torch.split(x, 3, 3)[1])),
     Case("chunk", of(lambda x: torch.mul(*torch.chunk(x, 2, 1)))),
-    Case("chunk rows", of(lambda x: torch.chunk(x, 3, 2)[1]), whole=["chunk.default"]),
+    Case("chunk rows", of(lambda x: torch.chunk(x, 3, 2)[1])),
+    Case("split rows", of(lambda x: x.split([2, 4, 3], 2)[1])),
+    Case("hstack", of(lambda x: torch.hstack([x, x.sin()]))),
+    Case("dstack", of(lambda x: torch.dstack([x, x.sin()])), whole=["cat.default"]),
     Case("tensor split", of(lambda x: torch.tensor_split(x, 3, 1)[0])),
     Case("unbind", of(lambda x: x.unbind(1)[2].unsqueeze(1))),
     Case("select a channel", of(lambda x: x[:, 1].unsqueeze(1))),
@@ -404,8 +412,8 @@ def test_shape(case: Case) -> None:
 
 
 def padding(name: str, widths: Sequence[int], mode: str, shape: tuple[int, ...] = MAP, **options: Any) -> Case:
-    whole, axis = options.pop("whole", ()), options.pop("axis", 2)
-    return Case(name, of(lambda x: functional.pad(x, tuple(widths), mode, **options)), shape, whole=whole, axis=axis)
+    reduce, axis = options.pop("reduce", 0), options.pop("axis", 2)
+    return Case(name, of(lambda x: functional.pad(x, tuple(widths), mode, **options)), shape, reduce, axis=axis)
 
 
 @table(
@@ -425,7 +433,7 @@ def padding(name: str, widths: Sequence[int], mode: str, shape: tuple[int, ...] 
     padding("reflect columns only", (3, 2, 0, 0), "reflect"),
     padding("replicate", (1, 2, 3, 4), "replicate"),
     padding("replicate far", (0, 0, 12, 11), "replicate"),
-    padding("circular", (1, 1, 1, 1), "circular", whole=["pad.default"]),
+    padding("circular", (1, 1, 1, 1), "circular", reduce=1),
     padding("circular columns", (1, 1, 0, 0), "circular"),
     padding("reflect along columns", (3, 2, 1, 2), "reflect", axis=3),
     padding("reflect 1d", (3, 2), "reflect", LINE),
@@ -492,7 +500,18 @@ def frozen(module: nn.Module) -> nn.Module:
     Case("layer over columns", lambda: nn.LayerNorm(W)),
     Case("layer over columns and channels", lambda: channels_last(nn.LayerNorm((W, C)))),
     Case("layer no affine", lambda: channels_last(nn.LayerNorm(C, elementwise_affine=False))),
-    Case("layer over rows", lambda: nn.LayerNorm((H, W)), whole=["layer_norm.default"]),
+    Case("layer over rows", lambda: nn.LayerNorm((H, W)), reduce=1),
+    Case("layer over space and channels", lambda: nn.LayerNorm((C, H, W)), reduce=1),
+    Case("layer over space, weight alone", lambda: nn.LayerNorm((C, H, W), bias=False), reduce=1),
+    Case("layer over space, no affine", lambda: nn.LayerNorm((C, H, W), elementwise_affine=False), reduce=1),
+    Case("layer over the volume", lambda: nn.LayerNorm(VOLUME[2:]), VOLUME, reduce=1),
+    Case(
+        "layer over space, channels last",
+        lambda: channels_last(nn.LayerNorm((H, W, C))),
+        whole=["moments", "normalise"],
+    ),
+    Case("root mean square over space", lambda: nn.RMSNorm((C, H, W)), reduce=1),
+    Case("root mean square over rows", lambda: nn.RMSNorm((H, W), eps=1e-3, elementwise_affine=False), reduce=1),
     Case("root mean square", lambda: channels_last(nn.RMSNorm(C))),
     Case("local response", lambda: nn.LocalResponseNorm(3)),
     Case("l2 of channels", of(lambda x: functional.normalize(x, dim=1))),

@@ -174,21 +174,27 @@ class Manual(Task):
         return torch.optim.SGD(critic, lr=0.05), torch.optim.SGD(self.generator.parameters(), lr=0.05)
 
 
-def loader(samples: int = 8) -> DataLoader[Any]:
+def loader(samples: int = 8, batch: int = 2) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(7)
     images = torch.randn(samples, 3, 16, 12, generator=generator)
     labels = torch.randint(0, 3, (samples,), generator=generator)
-    return DataLoader(TensorDataset(images, labels), batch_size=2)
+    return DataLoader(TensorDataset(images, labels), batch_size=batch)
 
 
 def fit(
-    strategy: Any, task: type[Any] = Task, *, trainer: type[Any] = Trainer, ckpt_path: str | None = None, **options: Any
+    strategy: Any,
+    task: type[Any] = Task,
+    *,
+    trainer: type[Any] = Trainer,
+    ckpt_path: str | None = None,
+    batch: int = 2,
+    **options: Any,
 ) -> tuple[Any, Any]:
     """Train a new ``task`` for two epochs of four steps with validation; returns the Trainer and the module."""
     seed_everything(1, verbose=False)
     module = task()
     made = trainer(strategy=strategy, **{**QUIET, "max_epochs": 2, "precision": "64-true", **options})
-    made.fit(module, loader(), loader(4), ckpt_path=ckpt_path)
+    made.fit(module, loader(batch=batch), loader(4), ckpt_path=ckpt_path)
     return made, module
 
 
@@ -813,8 +819,10 @@ def in_two_processes() -> None:
         assert not any(isinstance(vars(child).get("forward"), RowwiseForward) for child in module.modules())
     accumulated = [fit(name, accumulate_grad_batches=2, **options)[1] for name in ("ddp", "lrcnn_ddp_two_phase")]
     assert_same(accumulated[0].state_dict(), accumulated[1].state_dict(), 1e-9, "accumulation")
-    with pytest.raises(ConfigError, match=r"body\.1 synchronises BatchNorm"):
-        fit("lrcnn_ddp_two_phase", sync_batchnorm=True, **options)
+    for task in (Task, Direct):
+        whole, _ = fit("auto", task, batch=4, **{**options, "devices": 1})
+        synchronised, _ = fit("lrcnn_ddp_two_phase", task, batch=2, sync_batchnorm=True, **options)
+        assert_same(whole.lightning_module.state_dict(), synchronised.lightning_module.state_dict(), 1e-9, "sync")
     (folder / os.environ["LOCAL_RANK"]).touch()
 
 

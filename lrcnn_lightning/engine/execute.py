@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_unflatten
 
 from lrcnn_lightning.engine.rows import run_node
 from lrcnn_lightning.engine.segment import SegmentCall, run_segment
@@ -59,7 +58,7 @@ def execute(plan: Plan, module: nn.Module, inputs: Sequence[Any]) -> Any:
             if plan.last_reader.get(index) == number:
                 store.pop(index, None)
     leaves = map_refs(list(graph.graph.outputs), lambda ref: store[ref.index])
-    return tree_unflatten(leaves, graph.graph.output_spec)
+    return graph.graph.structure.put_together(leaves)
 
 
 def requires_grad_leaves(graph: Graph, module: nn.Module, inputs: Sequence[Any]) -> frozenset[int]:

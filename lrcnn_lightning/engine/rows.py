@@ -153,9 +153,9 @@ class _Reductions:
             return
         owned = slabs.owned(value)
         for position in self._readers[value]:
-            rule, node = self.graph.rules[position], self.graph.nodes[position]
+            rule = self.graph.rules[position]
             assert isinstance(rule, Reduction)
-            part = rule.partial(owned, node.args, node.kwargs)
+            part = rule.partial(owned, slabs.row.owned[value])
             before = self._states.get((position, chunk))
             self._states[position, chunk] = part if before is None else rule.merge(before, part)
 
@@ -404,7 +404,7 @@ class _BackwardRow:
         if value in self.injections:
             known = value in self.store
             values = cut(self.store[value], self.graph.axes[value], tile) if known else owned.detach()
-            for gradient in self._injected(value, values):
+            for gradient in self._injected(value, values, tile):
                 self._seed(owned, gradient)
 
     def _seed_carry(self, value: int, slab: Tensor, gradient: Tensor, span: Span) -> None:
@@ -423,11 +423,11 @@ class _BackwardRow:
             if value in self.run.maps and not interval.empty:
                 tile = Tile(interval, self.batch)
                 slab = cut(self.store[value], self.graph.axes[value], tile).detach()
-                for gradient in self._injected(value, slab):
+                for gradient in self._injected(value, slab, tile):
                     self.gradients.add_tile(value, gradient, tile)
 
-    def _injected(self, value: int, slab: Tensor) -> Iterator[Tensor]:
-        """What each reduction of a value adds to the gradient of its slab."""
+    def _injected(self, value: int, slab: Tensor, tile: Tile) -> Iterator[Tensor]:
+        """What each reduction of a value adds to the gradient of its slab, which lies in ``tile``."""
         for position in self.injections[value]:
             node, rule = self.graph.nodes[position], self.graph.rules[position]
             assert isinstance(rule, Reduction)
@@ -436,8 +436,8 @@ class _BackwardRow:
                 continue
             outputs: list[Tensor] = [self.store[output] for output in node.outputs]
             if rule.keeps_batch is not None:
-                axes, tile = Axes(None, rule.keeps_batch), Tile(NOTHING, self.batch)
-                given = [None if g is None else cut(g, axes, tile) for g in given]
-                outputs = [cut(output, axes, tile) for output in outputs]
+                axes, samples = Axes(None, rule.keeps_batch), Tile(NOTHING, self.batch)
+                given = [None if g is None else cut(g, axes, samples) for g in given]
+                outputs = [cut(output, axes, samples) for output in outputs]
             with torch.no_grad():
-                yield rule.inject(slab, outputs, given, node.args)
+                yield rule.inject(slab, tile.rows, outputs, given)

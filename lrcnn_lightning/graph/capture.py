@@ -8,6 +8,7 @@ graphs and are written inline, with the switch noted on each node.  Parameters a
 from __future__ import annotations
 
 import contextlib
+import enum
 import io
 import logging
 import operator
@@ -19,11 +20,13 @@ from torch import nn
 from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule
 from torch.fx import Node as FxNode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten
 
 from lrcnn_lightning.errors import CaptureError
 from lrcnn_lightning.graph.functional import functionalise
 from lrcnn_lightning.graph.graph import Context, Graph, Node, Ref, Value, ValueKind
+from lrcnn_lightning.graph.structure import Structure, take_apart
+from lrcnn_lightning.graph.synchronised import recorded_sync_batch_norms
 
 __all__ = ["CUMULATIVE", "capture"]
 
@@ -45,7 +48,11 @@ def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
     """
     if any(isinstance(child, torch.jit.ScriptModule) for child in module.modules()):
         raise CaptureError("it contains a TorchScript module, which has no Python code to trace")
-    devices = [t.device for t in tree_flatten((args, kwargs or {}))[0] if isinstance(t, torch.Tensor) and t.is_cuda]
+    leaves, structure = take_apart((tuple(args), dict(kwargs or {})))
+    tensors = [(place, leaf) for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    devices = [tensor.device for _, tensor in tensors if tensor.is_cuda]
+    _refuse_unknown(leaves, "it takes")
+    results = _Results()
     try:
         with (
             torch.random.fork_rng(devices=devices),
@@ -54,16 +61,66 @@ def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False) if devices else torch.autocast("cpu", enabled=False),
             _cumulative_averages(module),
+            recorded_sync_batch_norms(module),
             _quietly(),
         ):
-            example_args, example_kwargs = tree_map_only(torch.Tensor, _example, (tuple(args), dict(kwargs or {})))
-            program = torch.export.export(module, example_args, example_kwargs, strict=False)
-    except torch.OutOfMemoryError:
+            examples = tuple(_example(tensor) for _, tensor in tensors)
+            with _of_tensors_alone(module, leaves, structure, results):
+                program = torch.export.export(module, examples, strict=False)
+    except (torch.OutOfMemoryError, CaptureError):
         raise
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise CaptureError(f"{type(error).__name__}: {reason[0] if reason else 'no message'}") from error
-    return functionalise(_Reader(program).graph())
+    return functionalise(_Reader(program, [place for place, _ in tensors], results).graph())
+
+
+_KNOWN = (type(None), bool, int, float, complex, str, bytes, slice, enum.Enum, torch.Tensor, torch.dtype, torch.device)
+
+
+def _refuse_unknown(leaves: Sequence[Any], what: str) -> None:
+    """An object of another kind could hide tensors, which a trace would freeze."""
+    for leaf in leaves:
+        if not isinstance(leaf, _KNOWN):
+            raise CaptureError(
+                f"{what} an object of type {type(leaf).__name__}; allowed are tensors, numbers, strings and None, in "
+                "lists, tuples, dicts, dataclasses and whatever is registered with torch.utils._pytree"
+            )
+
+
+class _Results:
+    """What the module returned in the trace: its structure, and the leaves that are no tensors."""
+
+    leaves: list[Any]
+    structure: Structure
+
+
+@contextlib.contextmanager
+def _of_tensors_alone(
+    module: nn.Module, leaves: Sequence[Any], structure: Structure, results: _Results
+) -> Iterator[None]:
+    """The module as a function of its tensor arguments that returns a list of tensors: all that a trace has to know.
+
+    Other arguments are as given, and containers of any kind stay outside of it.
+    """
+    own = module.forward
+    present = module.__dict__.get("forward")
+
+    def forward(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        remaining = iter(tensors)
+        filled = [next(remaining) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        args, kwargs = structure.put_together(filled)
+        results.leaves, results.structure = take_apart(own(*args, **kwargs))
+        _refuse_unknown(results.leaves, "it returns")
+        return [leaf for leaf in results.leaves if isinstance(leaf, torch.Tensor)]
+
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if present is not None:
+            module.__dict__["forward"] = present
 
 
 @contextlib.contextmanager
@@ -108,8 +165,8 @@ def _example(tensor: torch.Tensor) -> torch.Tensor:
 class _Reader:
     """Reads an exported program into values and nodes."""
 
-    def __init__(self, program: torch.export.ExportedProgram) -> None:
-        self.program = program
+    def __init__(self, program: torch.export.ExportedProgram, places: Sequence[int], results: _Results) -> None:
+        self.program, self.places, self.results = program, places, results
         self.values: list[Value] = []
         self.nodes: list[Node] = []
         self.constants: dict[str, torch.Tensor] = {}
@@ -125,7 +182,7 @@ class _Reader:
             if spec.kind is InputKind.USER_INPUT:
                 fake = node.meta.get("val")
                 if isinstance(fake, torch.Tensor):
-                    environment[node] = self._value(node.name, fake, ValueKind.INPUT, position)
+                    environment[node] = self._value(node.name, fake, ValueKind.INPUT, self.places[position])
                 else:
                     environment[node] = fake
                 position += 1
@@ -137,11 +194,9 @@ class _Reader:
             else:
                 raise CaptureError(f"its input {node.name!r} is of kind {spec.kind.name}, which has no row-wise form")
         outputs = self._inline(self.program.graph_module, environment, Context(), "")
-        specification = self.program.call_spec.out_spec
-        if specification is None:
-            raise CaptureError("the capture has no output structure")
-        leaves = outputs[: specification.num_leaves]
-        return Graph(tuple(self.values), tuple(self.nodes), tuple(leaves), specification, self.constants)
+        tensors = iter(outputs)
+        leaves = [next(tensors) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.results.leaves]
+        return Graph(tuple(self.values), tuple(self.nodes), tuple(leaves), self.results.structure, self.constants)
 
     def _value(self, name: str, fake: torch.Tensor, kind: ValueKind, source: str | int | None = None) -> Ref:
         shape = []

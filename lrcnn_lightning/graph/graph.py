@@ -19,7 +19,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch.utils._pytree import TreeSpec
+
+from lrcnn_lightning.graph.structure import Structure
 
 __all__ = ["Context", "Graph", "Node", "Ref", "Value", "ValueKind", "map_refs", "references"]
 
@@ -108,13 +109,13 @@ class Node:
 class Graph:
     """A captured module: values, nodes in execution order, and the pytree of its outputs.
 
-    ``outputs`` are the leaves of the output pytree: a `Ref` or a plain constant.
+    ``outputs`` are the leaves of what the module returns, in ``structure``: a `Ref` or a plain constant.
     """
 
     values: tuple[Value, ...]
     nodes: tuple[Node, ...]
     outputs: tuple[Any, ...]
-    output_spec: TreeSpec
+    structure: Structure
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property

@@ -358,12 +358,16 @@ class ProgramBuilder:
             for p in rows
             for o in graph.nodes[p].outputs
             if o in self.differentiable
-            and (o in self.outputs or any(r in self.nodes and r not in members for r in graph.readers[o]))
+            and (
+                o in self.outputs
+                or any(r in self.nodes and (r not in members or graph.roles[r] is Role.WHOLE) for r in graph.readers[o])
+            )
         ]
         if not outputs and not reductions:
             return []
         levels = self._group_levels(group, made)
-        available = {i for i in (*self.inputs, *self.inside) if graph.is_map(i) and i not in made}
+        streamed = {output for position in rows for output in graph.nodes[position].outputs}
+        available = {i for i in (*self.inputs, *self.inside) if graph.is_map(i) and i not in streamed}
         targets = {*outputs, *(graph.nodes[p].inputs[0] for p in reductions)}
         nodes, sources = closure(graph, targets, available)
         loop = make_loop(graph, name, nodes, sources, (), reductions, outputs, self.rows, self.carried, self.chunks)
@@ -374,18 +378,19 @@ class ProgramBuilder:
         elif loop.carries:
             carries = loop.name
             steps.append(Sweep(loop))
-        top = max((levels[i] for i in made if i in levels and not graph.is_map(i)), default=0)
-        for level in range(top, 0, -1):
+        barred = made - streamed  # made by the group's reductions and whole operations
+        for level in range(max((levels[i] for i in barred), default=0), 0, -1):
             wanted = [
                 i
-                for i in made
-                if not graph.is_map(i)
-                and levels[i] == level
+                for i in sorted(barred)
+                if levels[i] == level
                 and i in self.differentiable
                 and any(r in members and graph.roles[r] is Role.ROW for r in graph.readers[i])
             ]
             if wanted:
-                run = self._pass(loop, levels, level, outputs, reductions, (), wanted)
+                maps = [i for i in wanted if graph.is_map(i)]
+                wholes = [i for i in wanted if not graph.is_map(i)]
+                run = self._pass(loop, levels, level, outputs, reductions, maps, wholes)
                 steps.append(BackwardRows(run, carries))
             for position in reversed(group):
                 if graph.roles[position] is Role.WHOLE and any(
@@ -398,20 +403,22 @@ class ProgramBuilder:
             for i in graph.nodes[p].inputs
             if i in self.differentiable and not graph.is_map(i) and i not in made
         ]
-        maps = [i for i in loop.sources if i in self.differentiable]
+        maps = [i for i in loop.sources if i in self.differentiable and levels.get(i, 0) == 0]
         if wanted or maps:
             run = self._pass(loop, levels, 0, outputs, reductions, maps, wanted)
             steps.append(BackwardRows(run, carries))
         return steps
 
     def _group_levels(self, group: Sequence[int], made: Collection[int]) -> dict[int, int]:
-        """Levels within a group: how many of its reductions lie before a value."""
+        """Levels within a group: how many of its barriers lie before a value."""
+        graph = self.graph
         levels: dict[int, int] = {}
         for position in group:
-            node = self.graph.nodes[position]
-            level = max((levels[i] for i in node.inputs if i in made), default=0)
+            node, role = graph.nodes[position], graph.roles[position]
+            inside = [i for i in node.inputs if i in made]
+            barrier = role is Role.REDUCE or (role is Role.WHOLE and any(self._made_by_rows(i) for i in inside))
             for output in node.outputs:
-                levels[output] = level + (self.graph.roles[position] is Role.REDUCE)
+                levels[output] = max((levels[i] for i in inside), default=0) + barrier
         return levels
 
     def _pass(

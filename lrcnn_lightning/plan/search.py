@@ -46,7 +46,7 @@ def choose_plan(
     if budget == "auto":
         chooses_freely = config.mode == "auto" and free_choice
         budget = int(free_bytes(device) * _SHARE_OF_FREE) if chooses_freely else None
-    if config.mode == "auto" and free_choice and budget is not None:
+    if config.mode == "auto" and free_choice and budget is not None and not graph.communicates:
         plain = plain_plan(graph, leaves, training)
         if plain.peak_bytes <= budget:
             return plain

@@ -3,16 +3,21 @@
 from lrcnn_lightning.rules import (
     contraction,
     dropout,
+    joining,
+    layer_norm,
     maximum,
     norm,
     normalisation,
     pointwise,
     reduction,
     resize,
+    scatter,
     shape,
+    synchronised,
     transposed,
     variance,
     window,
+    wrapping,
 )
 from lrcnn_lightning.rules.lowering import Role, RowGraph, lower
 from lrcnn_lightning.rules.rule import Axes, Interval, Operator, Reduction, RowRule, Tile, registered
@@ -28,6 +33,8 @@ __all__ = [
     "Tile",
     "contraction",
     "dropout",
+    "joining",
+    "layer_norm",
     "lower",
     "maximum",
     "norm",
@@ -36,8 +43,11 @@ __all__ = [
     "reduction",
     "registered",
     "resize",
+    "scatter",
     "shape",
+    "synchronised",
     "transposed",
     "variance",
     "window",
+    "wrapping",
 ]

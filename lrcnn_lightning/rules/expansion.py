@@ -1,16 +1,17 @@
-"""Expansion: operations that are rewritten as several, before rows are considered."""
+"""Expansion: operations that are rewritten as several, for which there are row rules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from lrcnn_lightning.graph import Graph, Node, Ref, Value, dependent_values
+from lrcnn_lightning.graph import Graph, Node, Ref, Value
+from lrcnn_lightning.rules.rule import WHOLE, Axes
 
-__all__ = ["Builder", "expand", "expands"]
+__all__ = ["Builder", "expands"]
 
 Expansion = Callable[["Builder", Node], bool]
 
@@ -28,15 +29,24 @@ def expands(operation: Any) -> Callable[[Expansion], Expansion]:
 
 
 class Builder:
-    """A graph under construction.
+    """A graph under construction, node by node; ``axes`` are those of the values so far."""
 
-    ``dimension`` is the input's dimension that is split: most likely, but not surely, that of the map at hand.
-    """
-
-    def __init__(self, graph: Graph, dimension: int) -> None:
-        self.dimension = dimension
+    def __init__(self, graph: Graph, axes: Mapping[int, Axes]) -> None:
+        self.axes = axes
         self.values = list(graph.values)
         self.nodes: list[Node] = []
+
+    def row(self, ref: Ref) -> int | None:
+        """The row axis of a value, or None."""
+        return self.axes.get(ref.index, WHOLE).row
+
+    def add(self, node: Node) -> list[Node]:
+        """Add a node, or those that stand for it, and return what was added."""
+        start = len(self.nodes)
+        expansion = _EXPANSIONS.get(node.op)
+        if expansion is None or not expansion(self, node):
+            self.nodes.append(node)
+        return self.nodes[start:]
 
     def value(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Ref:
         """Add a computed value."""
@@ -44,17 +54,16 @@ class Builder:
         self.values.append(Value(index, name, shape, dtype, device))
         return Ref(index)
 
+    def like(self, origin: Node, value: Value, part: str, shape: tuple[int, ...] | None = None) -> Ref:
+        """Add a computed value with the dtype, the device and, unless given, the shape of another."""
+        given = value.shape if shape is None else shape
+        return self.value(f"{origin.name}_{part}", given, value.dtype, value.device)
+
+    def batches_of(self, running_mean: Ref) -> Ref:
+        """The count of batches that belongs to a running mean."""
+        source = str(self.values[running_mean.index].source).replace("running_mean", "num_batches_tracked")
+        return next(Ref(value.index) for value in self.values if value.source == source)
+
     def emit(self, origin: Node, op: Any, args: tuple[Any, ...], outputs: tuple[int, ...], part: str) -> None:
         """Add a node in the place of ``origin``."""
         self.nodes.append(replace(origin, name=f"{origin.name}.{part}", op=op, args=args, kwargs={}, outputs=outputs))
-
-
-def expand(graph: Graph, dimension: int) -> Graph:
-    """The graph with each expandable operation on a value that depends on the input rewritten."""
-    dependent = dependent_values(graph)
-    builder = Builder(graph, dimension)
-    for node in graph.nodes:
-        expansion = _EXPANSIONS.get(node.op)
-        if expansion is None or not any(index in dependent for index in node.inputs) or not expansion(builder, node):
-            builder.nodes.append(node)
-    return replace(graph, values=tuple(builder.values), nodes=tuple(builder.nodes))

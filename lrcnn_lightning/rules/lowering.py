@@ -7,6 +7,7 @@ it runs whole; its result, if it is a map again, gets a row axis anew, so that w
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,8 +15,9 @@ import torch
 
 from lrcnn_lightning.errors import InputError
 from lrcnn_lightning.graph import Graph, Node, Value, ValueKind, dependent_values
-from lrcnn_lightning.rules.expansion import expand
+from lrcnn_lightning.rules.expansion import Builder
 from lrcnn_lightning.rules.rule import WHOLE, Axes, Reduction, RowRule, Scope, find_factory
+from lrcnn_lightning.rules.synchronised import merge_processes
 
 __all__ = ["Role", "RowGraph", "lower"]
 
@@ -80,6 +82,11 @@ class RowGraph:
         """Whether the value has a row axis."""
         return self.axes.get(value, WHOLE).row is not None
 
+    @cached_property
+    def communicates(self) -> bool:
+        """Whether it exchanges data with other processes, which must then do the same."""
+        return any(node.op is merge_processes for node in self.nodes)
+
     def whole_nodes(self) -> list[Node]:
         """Nodes that read or write a map and run whole all the same."""
         return [
@@ -95,24 +102,24 @@ def lower(graph: Graph, axis: int | str = "auto") -> RowGraph:
     ``axis`` is the dimension of the input that is split, or ``"auto"``: the longest spatial one (the first of equals).
     Raises `InputError` when no input has a spatial axis, or the given one is none.
     """
-    dimension, rank = _row_dimension(graph, axis)
-    graph = expand(graph, dimension)
-    dependent = dependent_values(graph)
-    axes: dict[int, Axes] = {}
-    for value in graph.inputs:
-        axes[value.index] = _seed(value, dimension, rank)
+    dimension, seed = _row_dimension(graph, axis)
+    rank, samples = len(seed.shape), seed.shape[0]
+    axes = {value.index: _seed(value, dimension, rank, samples) for value in graph.inputs}
+    dependent = set(axes)
+    builder = Builder(graph, axes)
     roles: list[Role] = []
     rules: list[RowRule | Reduction | None] = []
     batch_splits = True
-    for node in graph.nodes:
+    for node in _expanded(graph, builder, dependent):
         rule = None
         if not any(index in dependent for index in node.inputs):
             roles.append(Role.PROLOGUE)
             rules.append(None)
             continue
+        dependent.update(node.outputs)
         if any(axes.get(index, WHOLE).row is not None for index in node.inputs):
             factory = find_factory(node.op)
-            rule = None if factory is None else factory(Scope(graph.values, axes, node))
+            rule = None if factory is None else factory(Scope(builder.values, axes, node))
         rules.append(rule)
         if isinstance(rule, RowRule):
             roles.append(Role.ROW)
@@ -123,12 +130,23 @@ def lower(graph: Graph, axis: int | str = "auto") -> RowGraph:
         else:
             roles.append(Role.WHOLE)
             for output in node.outputs:
-                axes[output] = _seed(graph.values[output], dimension, rank)
-    return RowGraph(replace(graph), tuple(roles), tuple(rules), axes, batch_splits)
+                axes[output] = _seed(builder.values[output], dimension, rank, samples)
+    graph = replace(graph, values=tuple(builder.values), nodes=tuple(builder.nodes))
+    return RowGraph(graph, tuple(roles), tuple(rules), axes, batch_splits)
 
 
-def _row_dimension(graph: Graph, axis: int | str) -> tuple[int, int]:
-    """The dimension that is split and the rank of the maps that have it."""
+def _expanded(graph: Graph, builder: Builder, dependent: set[int]) -> Iterator[Node]:
+    """The nodes, those that can be expanded replaced. The axes of all values before a node are known when it comes."""
+    for node in graph.nodes:
+        if any(index in dependent for index in node.inputs):
+            yield from builder.add(node)
+        else:
+            builder.nodes.append(node)
+            yield node
+
+
+def _row_dimension(graph: Graph, axis: int | str) -> tuple[int, Value]:
+    """The dimension that is split, and the largest input, whose maps have it."""
     maps = [value for value in graph.inputs if len(value.shape) >= 3 and value.dtype.is_floating_point]
     if not maps:
         shapes = [list(value.shape) for value in graph.inputs]
@@ -139,7 +157,7 @@ def _row_dimension(graph: Graph, axis: int | str) -> tuple[int, int]:
     largest = max(maps, key=lambda value: value.elements)
     rank = len(largest.shape)
     if axis == "auto":
-        return max(range(2, rank), key=lambda d: (largest.shape[d], -d)), rank
+        return max(range(2, rank), key=lambda d: (largest.shape[d], -d)), largest
     assert isinstance(axis, int)
     dimension = axis + rank if axis < 0 else axis
     if not 2 <= dimension < rank:
@@ -147,12 +165,15 @@ def _row_dimension(graph: Graph, axis: int | str) -> tuple[int, int]:
             f"axis={axis} is no spatial axis of an input of shape {list(largest.shape)}: "
             f"allowed are 'auto' and {', '.join(str(d) for d in range(2, rank))}"
         )
-    return dimension, rank
+    return dimension, largest
 
 
-def _seed(value: Value, dimension: int, rank: int) -> Axes:
-    """The axes of a map that is given or comes from a whole operation."""
+def _seed(value: Value, dimension: int, rank: int, samples: int) -> Axes:
+    """The axes of a map that is given or comes from a whole operation.
+
+    The first dimension is the batch if it is as long as the input's: attention by windows folds others into it.
+    """
     is_map = len(value.shape) == rank and isinstance(value.dtype, torch.dtype) and value.shape[dimension] > 1
     if not is_map or value.kind not in (ValueKind.INPUT, ValueKind.COMPUTED):
         return WHOLE
-    return Axes(dimension, 0)
+    return Axes(dimension, 0 if value.shape[0] == samples else None)

@@ -89,9 +89,9 @@ def within(scope: Scope) -> RowRule | None:
 def expand_extreme(builder: Builder, node: Node) -> bool:
     """``amax(input, dim, keepdim)``, ``max(input)``."""
     value, out = builder.values[node.args[0].index], builder.values[node.outputs[0]]
-    row, rank = builder.dimension, len(value.shape)
+    row, rank = builder.row(node.args[0]), len(value.shape)
     dims = reduced_dimensions(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim"), rank)
-    if rank < 3 or row not in dims:
+    if row is None or rank < 3 or row not in dims:
         return False
     others = tuple(dim for dim in dims if dim != row)
     shape = tuple(1 if dim in others else size for dim, size in enumerate(value.shape))
@@ -169,8 +169,8 @@ def expand_global_maximum(builder: Builder, node: Node) -> bool:
     """``adaptive_max_poolNd(input, output_size)`` to one element."""
     value, out = builder.values[node.args[0].index], builder.values[node.outputs[0]]
     rank, dimensions = len(value.shape), int(node.op._schema.name[-2])
-    row = builder.dimension
-    if rank != dimensions + 2 or any(size != 1 for size in out.shape[2:]) or not 2 <= row < rank:
+    row = builder.row(node.args[0])
+    if rank != dimensions + 2 or any(size != 1 for size in out.shape[2:]) or row is None or row < 2:
         return False
     shape = tuple(size if dim < 2 or dim == row else 1 for dim, size in enumerate(value.shape))
     parts = [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lrcnn_lightning.rules.reduction import kept_batch, reduced_dimensions, restored, wide, within_rows
-from lrcnn_lightning.rules.rule import WHOLE, Axes, Reduction, RowRule, Scope, register
+from lrcnn_lightning.rules.rule import WHOLE, Axes, Interval, Reduction, RowRule, Scope, register
 
 __all__ = ["Norm"]
 
@@ -27,7 +27,7 @@ class Norm(Reduction):
     keeps_batch: int | None
     axes: tuple[Axes, ...] = (WHOLE,)
 
-    def partial(self, slab: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    def partial(self, slab: Tensor, rows: Interval) -> tuple[Any, ...]:
         x = wide(slab)
         powers = x * x if self.power == 2 else x.abs().pow(self.power)
         return powers.sum(self.dims, keepdim=self.keepdim), slab.dtype
@@ -40,7 +40,7 @@ class Norm(Reduction):
         return ((total.sqrt() if self.power == 2 else total.pow(1 / self.power)).to(dtype),)
 
     def inject(
-        self, slab: Tensor, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], args: tuple[Any, ...]
+        self, slab: Tensor, rows: Interval, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
     ) -> Tensor:
         # dx = g sign(x) |x|^(p-1) / norm^(p-1), and zero where the norm is.
         gradient = gradients[0]

@@ -166,7 +166,7 @@ def _update_statistics(
     running_mean: Tensor,
     running_variance: Tensor,
     momentum: float,
-    count: int,
+    count: int | Tensor,
     batches: Tensor | None = None,
 ) -> None:
     """Move the running statistics towards these; the variance with Bessel's correction, as ATen does.
@@ -177,7 +177,9 @@ def _update_statistics(
     with torch.no_grad():
         if mean.dim() == 2:
             mean, variance = mean.mean(0), variance.mean(0)
-        unbiased = variance * (count / max(count - 1, 1))
+        # A count of several processes is a tensor, which is not read back.
+        others = (count - 1).clamp(min=1) if isinstance(count, Tensor) else max(count - 1, 1)
+        unbiased = variance * (count / others)
         for running, now in ((running_mean, mean), (running_variance, unbiased)):
             if batches is None:
                 running.mul_(1 - momentum).add_(now.to(running.dtype), alpha=momentum)
@@ -220,8 +222,7 @@ def expand_batch_norm(builder: Builder, node: Node) -> bool:
     if isinstance(running_mean, Ref):
         args: tuple[Any, ...] = (mean, variance, running_mean, running_variance, momentum, count)
         if momentum == CUMULATIVE:
-            source = str(builder.values[running_mean.index].source).replace("running_mean", "num_batches_tracked")
-            args = (*args, next(Ref(value.index) for value in builder.values if value.source == source))
+            args = (*args, builder.batches_of(running_mean))
         builder.emit(node, update_statistics, args, (), "statistics")
     return True
 

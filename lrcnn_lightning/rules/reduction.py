@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lrcnn_lightning.rules.pointwise import AlongRows
-from lrcnn_lightning.rules.rule import WHOLE, Axes, Operator, Reduction, RowRule, Scope, register
+from lrcnn_lightning.rules.rule import WHOLE, Axes, Interval, Operator, Reduction, RowRule, Scope, register
 
 __all__ = ["Moments", "Sum", "global_average", "kept_batch", "moments", "reduced_dimensions", "restored", "wide"]
 
@@ -45,7 +45,7 @@ class Sum(Reduction):
     keeps_batch: int | None
     axes: tuple[Axes, ...] = (WHOLE,)
 
-    def partial(self, slab: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    def partial(self, slab: Tensor, rows: Interval) -> tuple[Any, ...]:
         return wide(slab).sum(self.dims, keepdim=self.keepdim), slab.dtype
 
     def merge(self, first: tuple[Any, ...], second: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -56,7 +56,7 @@ class Sum(Reduction):
         return ((total / self.divisor).to(self.dtype or dtype),)
 
     def inject(
-        self, slab: Tensor, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], args: tuple[Any, ...]
+        self, slab: Tensor, rows: Interval, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
     ) -> Tensor:
         gradient = gradients[0]
         assert gradient is not None
@@ -160,7 +160,7 @@ class Moments(Reduction):
     keeps_batch: int | None
     axes: tuple[Axes, ...] = (WHOLE, WHOLE)
 
-    def partial(self, slab: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    def partial(self, slab: Tensor, rows: Interval) -> tuple[Any, ...]:
         slab = wide(slab)
         count = slab.numel() // (slab.shape[1] if self.groups is None else slab.shape[0] * self.groups)
         variance, mean = _variance_and_mean(slab, self.groups)
@@ -177,7 +177,7 @@ class Moments(Reduction):
         return mean, deviations / count
 
     def inject(
-        self, slab: Tensor, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], args: tuple[Any, ...]
+        self, slab: Tensor, rows: Interval, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
     ) -> Tensor:
         # dx = dmean/n + 2/n * dvar * (x - mean), as one scale and one shift a channel.
         for_mean, for_variance = gradients

@@ -24,6 +24,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional
 
+from lrcnn_lightning.graph import Node
+from lrcnn_lightning.rules.expansion import Builder, expands
 from lrcnn_lightning.rules.rule import Axes, Interval, Reduction, RowRule, Scope, Tile, register
 from lrcnn_lightning.rules.window import spatial_tuple
 
@@ -309,6 +311,24 @@ def adaptive_average(scope: Scope) -> Reduction | RowRule | None:
 def adaptive_maximum(scope: Scope) -> Reduction | RowRule | None:
     """``adaptive_max_poolNd(input, output_size)`` to several rows: the values, and where they are."""
     return _adaptive(scope, True)
+
+
+@expands(aten.adaptive_avg_pool2d.default)
+@expands(aten.adaptive_avg_pool3d.default)
+def expand_lines(builder: Builder, node: Node) -> bool:
+    """To one row of several columns: each row is pooled to its columns, then the rows are averaged."""
+    value, out = builder.values[node.args[0].index], builder.values[node.outputs[0]]
+    dimensions, row = int(node.op._schema.name[-2]), builder.row(node.args[0])
+    rank = len(value.shape)
+    if row is None or row < rank - dimensions or out.shape[row] != 1:
+        return False
+    if all(size == 1 for size in out.shape[-dimensions:]) or value.shape[row] == 1:
+        return False
+    shape = tuple(value.shape[row] if d == row else size for d, size in enumerate(out.shape))
+    lines = builder.like(node, value, "lines", shape)
+    builder.emit(node, node.op, (node.args[0], list(shape[-dimensions:])), (lines.index,), "lines")
+    builder.emit(node, aten.mean.dim, (lines, [row], True), node.outputs, "mean")
+    return True
 
 
 def _adaptive(scope: Scope, maximum: bool) -> Reduction | RowRule | None:

@@ -173,8 +173,8 @@ class Reduction(ABC):
     """Dimension of the outputs that is still the batch, or ``None`` where the batch is reduced too."""
 
     @abstractmethod
-    def partial(self, slab: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """The contribution of one slab."""
+    def partial(self, slab: Tensor, rows: Interval) -> tuple[Any, ...]:
+        """The contribution of one slab, which holds ``rows`` of the input."""
 
     @abstractmethod
     def merge(self, first: tuple[Any, ...], second: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -186,7 +186,7 @@ class Reduction(ABC):
 
     @abstractmethod
     def inject(
-        self, slab: Tensor, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], args: tuple[Any, ...]
+        self, slab: Tensor, rows: Interval, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
     ) -> Tensor:
         """The gradient of the slab, given the finished outputs and their gradients."""
 

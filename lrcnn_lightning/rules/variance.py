@@ -18,7 +18,7 @@ from lrcnn_lightning.graph import Node
 from lrcnn_lightning.rules.expansion import Builder, expands
 from lrcnn_lightning.rules.pointwise import pointwise
 from lrcnn_lightning.rules.reduction import kept_batch, reduced_dimensions, restored, wide, within_rows
-from lrcnn_lightning.rules.rule import WHOLE, Axes, Operator, Reduction, RowRule, Scope, register
+from lrcnn_lightning.rules.rule import WHOLE, Axes, Interval, Operator, Reduction, RowRule, Scope, register
 
 __all__ = ["Spread", "root", "spread"]
 
@@ -51,7 +51,7 @@ class Spread(Reduction):
     keeps_batch: int | None
     axes: tuple[Axes, ...] = (WHOLE, WHOLE)
 
-    def partial(self, slab: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    def partial(self, slab: Tensor, rows: Interval) -> tuple[Any, ...]:
         variance, mean = torch.var_mean(wide(slab), self.dims, correction=0, keepdim=self.keepdim)
         count = 1
         for dim in self.dims:
@@ -69,7 +69,7 @@ class Spread(Reduction):
         return (deviations / max(count - self.correction, 0)).to(dtype), mean.to(dtype)
 
     def inject(
-        self, slab: Tensor, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], args: tuple[Any, ...]
+        self, slab: Tensor, rows: Interval, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
     ) -> Tensor:
         for_variance, for_mean = gradients
         x, result = wide(slab), torch.zeros((), dtype=slab.dtype, device=slab.device)
