@@ -327,7 +327,7 @@ class _Parallel(_Rowwise, DDPStrategy):
 
     Raises:
         ConfigError: an option does not exist or has a value that is not allowed; a module that is to run row-wise does
-            not exist, is compiled, or synchronises BatchNorm between processes.
+            not exist or is compiled.
     """
 
     strategy_name = "lrcnn_ddp"

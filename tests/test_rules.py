@@ -508,7 +508,7 @@ def frozen(module: nn.Module) -> nn.Module:
     Case(
         "layer over space, channels last",
         lambda: channels_last(nn.LayerNorm((H, W, C))),
-        whole=["moments", "normalise"],
+        whole=["rowwise.moments", "rowwise.normalise"],
     ),
     Case("root mean square over space", lambda: nn.RMSNorm((C, H, W)), reduce=1),
     Case("root mean square over rows", lambda: nn.RMSNorm((H, W), eps=1e-3, elementwise_affine=False), reduce=1),

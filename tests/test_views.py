@@ -91,7 +91,7 @@ def written_through_the_base(x: Tensor) -> Tensor:
 
 def unsqueezed(x: Tensor) -> Tensor:
     view = x.unsqueeze(1)
-    view.mul_(x.detach().unsqueeze(1))
+    view.add_(1).exp_()
     return x
 
 
@@ -113,7 +113,7 @@ def temporal_shift(x: Tensor) -> Tensor:
 def partial_convolution(x: Tensor) -> Tensor:
     """FasterNet (Chen et al. 2023) works on the first channels in place."""
     x = x.clone()
-    x[:, :2] = nn.functional.avg_pool2d(x[:, :2], 3, 1, 1)
+    x[:, :2] = nn.functional.avg_pool2d(x[:, :2].clone(), 3, 1, 1)
     return x
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -133,7 +134,76 @@ ZOO = [
 ]
 
 
-@pytest.mark.parametrize(("make", "shape", "whole"), ZOO)
+def torchvision_net(name: str, size: tuple[int, ...] = (2, 3, 72, 56), whole: int = 0, **options: Any) -> Any:
+    def make() -> nn.Module:
+        models = library("torchvision.models")
+        result: nn.Module = models.get_model(name, weights=None, **options)
+        return result
+
+    return net(f"torchvision {name}", size, make, slow=True, whole=whole)
+
+
+def timm_net(name: str, size: tuple[int, ...] = (2, 3, 72, 56), whole: int = 0) -> Any:
+    def make() -> nn.Module:
+        result: nn.Module = library("timm").create_model(name, pretrained=False, num_classes=5)
+        return result
+
+    return net(f"timm {name}", size, make, slow=True, whole=whole)
+
+
+def smp_net(name: str, encoder: str = "resnet18", whole: int = 0, **options: Any) -> Any:
+    def make() -> nn.Module:
+        result: nn.Module = getattr(library("segmentation_models_pytorch"), name)(
+            encoder, encoder_weights=None, in_channels=3, classes=2, **options
+        )
+        return result
+
+    return net(f"segmentation_models_pytorch {name} {encoder}", (2, 3, 96, 64), make, slow=True, whole=whole)
+
+
+def library(name: str) -> Any:
+    """A library that is not required; torchvision's compiled part does not load beside every build of PyTorch."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        pytest.skip(f"{error.name} is not installed")
+    except Exception as error:
+        pytest.skip(f"{name} does not load: {type(error).__name__}: {error}")
+
+
+HEAD = {"weights_backbone": None, "num_classes": 3}
+
+OTHER_LIBRARIES = [
+    *map(
+        torchvision_net,
+        "densenet121 efficientnet_b0 convnext_tiny mnasnet0_5 mobilenet_v2 mobilenet_v3_small regnet_y_400mf resnet18 "
+        "resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_1 googlenet".split(),
+        [(2, 3, 72, 56)] * 12,
+        [0] * 11 + [2],
+    ),
+    torchvision_net("fcn_resnet50", **HEAD),
+    torchvision_net("lraspp_mobilenet_v3_large", **HEAD),
+    torchvision_net("deeplabv3_mobilenet_v3_large", whole=1, **HEAD),
+    torchvision_net("r3d_18", (1, 3, 8, 40, 32)),
+    *map(
+        timm_net,
+        "resnet26d resnetv2_50 nfnet_l0 seresnext26d_32x4d skresnet18 ecaresnet26t res2net50_26w_4s dla34 dpn48b "
+        "hrnet_w18_small ghostnet_100 lcnet_050 mixnet_s rexnet_100 cspresnet50 darknet53 ese_vovnet19b_dw selecsls42 "
+        "convnextv2_atto convnext_atto repvgg_a0 mobileone_s0 poolformer_s12 fastvit_t8 starnet_s1 gernet_s "
+        "mobilenetv4_conv_small resnetblur50".split(),
+    ),
+    smp_net("Unet"),
+    smp_net("Unet", "mobilenet_v2", decoder_attention_type="scse"),
+    smp_net("Unet", "efficientnet-b0"),
+    smp_net("UnetPlusPlus"),
+    smp_net("FPN"),
+    smp_net("PSPNet", whole=1),
+    smp_net("DeepLabV3Plus", whole=1),
+    smp_net("Linknet"),
+]
+
+
+@pytest.mark.parametrize(("make", "shape", "whole"), [*ZOO, *OTHER_LIBRARIES])
 def test_zoo(make: Maker, shape: tuple[int, ...], whole: int, request: pytest.FixtureRequest) -> None:
     torch.manual_seed(0)
     with warnings.catch_warnings():

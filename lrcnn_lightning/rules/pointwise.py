@@ -117,7 +117,15 @@ def prelu(scope: Scope) -> RowRule | None:
 
 @register("pointwise", aten.hardswish.default, aten.log_sigmoid.default, aten.special_expm1.default)
 @register("pointwise", aten.where.Scalar, aten.where.ScalarSelf, aten.where.ScalarOther, aten.masked_fill.Tensor)
-@register("pointwise", aten.copy.default, aten.fill.Scalar, aten.type_as.default, aten.to.other, aten.expand_as.default)
+@register(
+    "pointwise",
+    aten.copy.default,
+    aten.fill.Scalar,
+    aten.fill.Tensor,
+    aten.type_as.default,
+    aten.to.other,
+    aten.expand_as.default,
+)
 def untagged(scope: Scope) -> RowRule | None:
     """Pointwise operations, with broadcasting, that ATen does not tag so."""
     return pointwise(scope)
