@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import inspect
 import io
 import logging
 import operator
@@ -72,7 +73,15 @@ def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise CaptureError(f"{type(error).__name__}: {reason[0] if reason else 'no message'}") from error
-    return functionalise(_Reader(program, [place for place, _ in tensors], results).graph())
+    names = _input_names(module, args, kwargs or {})
+    return functionalise(_Reader(program, [(place, names[place]) for place, _ in tensors], results).graph())
+
+
+def _input_names(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+    """For each leaf of the arguments: the name of the parameter that it belongs to."""
+    known = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind is not p.VAR_POSITIONAL]
+    named = [(known[i] if i < len(known) else f"input {i}", arg) for i, arg in enumerate(args)]
+    return [name for name, arg in (*named, *kwargs.items()) for _ in take_apart(arg)[0]]
 
 
 _KNOWN = (type(None), bool, int, float, complex, str, bytes, slice, enum.Enum, torch.Tensor, torch.dtype, torch.device)
@@ -165,7 +174,9 @@ def _example(tensor: torch.Tensor) -> torch.Tensor:
 class _Reader:
     """Reads an exported program into values and nodes."""
 
-    def __init__(self, program: torch.export.ExportedProgram, places: Sequence[int], results: _Results) -> None:
+    def __init__(
+        self, program: torch.export.ExportedProgram, places: Sequence[tuple[int, str]], results: _Results
+    ) -> None:
         self.program, self.places, self.results = program, places, results
         self.values: list[Value] = []
         self.nodes: list[Node] = []
@@ -182,7 +193,8 @@ class _Reader:
             if spec.kind is InputKind.USER_INPUT:
                 fake = node.meta.get("val")
                 if isinstance(fake, torch.Tensor):
-                    environment[node] = self._value(node.name, fake, ValueKind.INPUT, self.places[position])
+                    place, name = self.places[position]
+                    environment[node] = self._value(name, fake, ValueKind.INPUT, place)
                 else:
                     environment[node] = fake
                 position += 1
