@@ -127,13 +127,15 @@ class RowLoop:
 
     # --------------------------------------------------------------- backward
 
-    def backward(self, run: BackwardPass, carries: Carries, gradients: Gradients) -> None:
-        """Differentiate a pass and add to the gradients of its maps and wholes."""
+    def backward(self, run: BackwardPass, carries: Carries, gradients: Gradients, drops: bool = False) -> None:
+        """Differentiate a pass and add to the gradients of its maps and wholes; drop the carries that are used up."""
         for chunk, batch in reversed(list(enumerate(run.loop.chunks))):
             from_below: dict[int, Tensor] = {}
             for r in reversed(range(len(run.loop.rows))):
                 row = _BackwardRow(self.graph, self.store, run, run.loop.rows[r], batch, gradients)
                 from_below = row.differentiate(carries.get((chunk, r - 1), {}), from_below)
+                if drops:
+                    carries.pop((chunk, r - 1), None)
 
 
 class _Reductions:

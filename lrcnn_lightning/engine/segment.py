@@ -21,7 +21,6 @@ from lrcnn_lightning.errors import DoubleBackwardError
 from lrcnn_lightning.plan.program import (
     BackwardRows,
     BackwardWhole,
-    DropCarries,
     Effect,
     Free,
     FreeGradient,
@@ -132,6 +131,7 @@ def _run_backward(ctx: Any, output_gradients: tuple[Tensor | None, ...]) -> tupl
     call: SegmentCall = ctx.call
     program, graph = call.program, call.graph
     saved = list(ctx.saved_tensors)
+    ctx.maybe_clear_saved_tensors()  # unless the graph is retained: what is freed below is then really free
     borders = len(program.kept)
     store: dict[int, Any] = dict(zip(program.kept, saved[:borders], strict=True))
     carries: dict[str, Carries] = {}
@@ -148,7 +148,7 @@ def _run_backward(ctx: Any, output_gradients: tuple[Tensor | None, ...]) -> tupl
         for step in program.backward:
             if isinstance(step, BackwardRows):
                 with torch.autograd.profiler.record_function(f"lrcnn {step.run.loop.name}"):
-                    rows.backward(step.run, carries.get(step.carries or "", {}), gradients)
+                    rows.backward(step.run, carries.get(step.carries or "", {}), gradients, step.drops)
             elif isinstance(step, RunRows):
                 rows.forward(step.loop)
             elif isinstance(step, Sweep):
@@ -159,8 +159,6 @@ def _run_backward(ctx: Any, output_gradients: tuple[Tensor | None, ...]) -> tupl
                 store.pop(step.value, None)
             elif isinstance(step, FreeGradient):
                 gradients.pop(step.value)
-            elif isinstance(step, DropCarries):
-                carries.pop(step.loop, None)
     results: list[Tensor | None] = []
     for position, index in enumerate(program.inputs):
         gradient = gradients.pop(index) if ctx.needs_input_grad[1 + position] else None

@@ -19,7 +19,6 @@ from lrcnn_lightning.plan.loop import BackwardPass, Loop
 from lrcnn_lightning.plan.program import (
     BackwardRows,
     BackwardWhole,
-    DropCarries,
     Effect,
     Free,
     FreeGradient,
@@ -37,13 +36,29 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Machine:
-    """Nominal speeds. Only their ratios matter, since work is compared with plain work."""
+    """Nominal speeds. Only their ratios matter, since work is compared with plain work.
 
-    operations_a_second: float = 60e9
-    bytes_a_second: float = 8e9
+    The default is a CPU with few cores. There a large result costs far more a byte than a small one: its memory comes
+    fresh from the operating system, page by page, where that of a slab is the one of the slab before.
+    """
+
+    operations_a_second: float = 300e9
+    bytes_a_second: float = 20e9
+    convolved_bytes_a_second: float = 7e9
+    """Of the operands and results of a convolution, which are laid out anew."""
+    large_bytes: float = 32 * 2**20
+    """From this size on a result is fresh memory."""
+    fresh_bytes_a_second: float = 2.8e9
     seconds_a_call: float = 12e-6
     seconds_a_slab: float = 80e-6
     """Of a call on a slab, with the cutting, carrying and dropping around it."""
+
+    @staticmethod
+    def of(device: torch.device) -> Machine:
+        """The nominal machine of a device: on a GPU all memory is equally near, and a call costs relatively more."""
+        if device.type == "cpu":
+            return Machine()
+        return Machine(40e12, 2e12, 2e12, float("inf"), 2e12, 8e-6, 60e-6)
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,12 @@ class Memory:
         family = self._families.get(name, {})
         chosen = [k for k in family if first is None or k[1] == first or k[1].startswith(f"{first}.")]
         for key in chosen:
+            self.live -= family.pop(key)
+
+    def free_matching(self, name: str, entries: tuple[Any, ...]) -> None:
+        """Drop the keys of a family that go on with ``entries``."""
+        family = self._families.get(name, {})
+        for key in [k for k in family if k[1 : 1 + len(entries)] == entries]:
             self.live -= family.pop(key)
 
     def touch(self, size: float) -> None:
@@ -202,10 +223,14 @@ class _Model:
 
     def seconds(self, position: int, share: float, times: float = 1.0) -> float:
         """Time of a node on a share of its map."""
-        machine = self.machine
+        machine, node = self.machine, self.graph.nodes[position]
+        convolves = "conv" in str(node.op)
         arithmetic = self.operations(position) / machine.operations_a_second
-        traffic = self.moved(position) / machine.bytes_a_second
-        return times * share * max(arithmetic, traffic) + self.seconds_a_call
+        traffic = self.moved(position) / (machine.convolved_bytes_a_second if convolves else machine.bytes_a_second)
+        if node.op not in _VIEWS:
+            made = sum(self.graph.values[o].bytes for o in node.outputs)
+            traffic += made / machine.fresh_bytes_a_second if made * share >= machine.large_bytes else 0.0
+        return times * share * (arithmetic + traffic) + self.seconds_a_call
 
     def saved(self, position: int) -> tuple[bool, bool]:
         """Whether autograd saves the inputs, and the result, of a node."""
@@ -333,7 +358,7 @@ class _Simulation:
         memory = self.memory
         for step in segment.backward:
             if isinstance(step, BackwardRows):
-                self._pass(step.run)
+                self._pass(step.run, step.carries if step.drops else None)
             elif isinstance(step, RunRows):
                 self.rows(step.loop, (), stored=True)
             elif isinstance(step, Sweep):
@@ -341,13 +366,11 @@ class _Simulation:
             elif isinstance(step, BackwardWhole):
                 self._backward_whole(step.node)
             elif isinstance(step, Free):
-                if step.value not in segment.kept and step.value not in segment.outputs:
+                if step.value not in segment.outputs:
                     memory.free(("map", step.value))
             elif isinstance(step, FreeGradient):
                 if step.value not in segment.outputs:
                     memory.free(("gradient", step.value))
-            elif isinstance(step, DropCarries) and step.loop.split(".")[1].startswith("b"):
-                memory.free_all("keep", step.loop)
         for index in (*segment.kept, *segment.outputs):
             memory.free(("map", index))
             if index in segment.outputs:
@@ -363,14 +386,19 @@ class _Simulation:
                 self.memory.allocate(("gradient", index), self.graph.values[index].bytes)
         self.seconds += self.model.seconds(position, 1.0, 3.0)
 
-    def _pass(self, run: BackwardPass) -> None:
+    def _pass(self, run: BackwardPass, dropped: str | None) -> None:
         for chunk, times in _sampled(len(run.loop.chunks)):
             before = self.seconds
             handed: dict[int, float] = {}
-            for r, alike in reversed(_sampled_rows(len(run.loop.rows))):
+            rows = _sampled_rows(len(run.loop.rows))
+            for i, (r, alike) in reversed(list(enumerate(rows))):
                 start = self.seconds
                 handed = self._backward_row(run, chunk, r, handed)
                 self.seconds += (alike - 1) * (self.seconds - start)
+                if dropped is not None:
+                    self._drop_kept(dropped, chunk, r)
+                    if i and rows[i - 1][1] == 1:
+                        self._drop_kept(dropped, chunk, rows[i - 1][0])
             for value in handed:
                 self.memory.free(("handed", value))
             self.seconds += (times - 1) * (self.seconds - before)
@@ -378,6 +406,10 @@ class _Simulation:
             # What becomes the gradient of a parameter is no activation memory.
             if not _is_parameter(self.graph, value):
                 self.memory.allocate(("gradient", value), self.graph.values[value].bytes)
+
+    def _drop_kept(self, loop: str, chunk: int, r: int) -> None:
+        """The carries that row ``r`` (and those it stands for) kept."""
+        self.memory.free_matching("keep", (loop, chunk, r))
 
     def _backward_row(self, run: BackwardPass, chunk: int, r: int, handed: dict[int, float]) -> dict[int, float]:
         graph, memory, model = self.graph, self.memory, self.model

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lrcnn_lightning.plan.cost import Cost, plain_cost, program_cost
+from lrcnn_lightning.plan.cost import Cost, Machine, plain_cost, program_cost
 from lrcnn_lightning.plan.keeping import Keeping, choose_residencies
 from lrcnn_lightning.plan.loop import Loop
 from lrcnn_lightning.plan.program import ProgramBuilder, RunRows, SegmentProgram
@@ -47,6 +47,7 @@ class Plan:
     differentiable: frozenset[int]
     training: bool
     prologue: tuple[int, ...] = field(default=())
+    machine: Machine = field(default=Machine(), repr=False)
 
     @property
     def mode(self) -> str:
@@ -68,12 +69,12 @@ class Plan:
         """Predicted cost of one step."""
         if self.mode == "plain":
             return self.plain_cost
-        return program_cost(self.graph, self.segments, self.differentiable, self.last_reader)
+        return program_cost(self.graph, self.segments, self.differentiable, self.last_reader, self.machine)
 
     @cached_property
     def plain_cost(self) -> Cost:
         """Predicted cost of one step of plain PyTorch."""
-        return plain_cost(self.graph, self.differentiable)
+        return plain_cost(self.graph, self.differentiable, self.machine)
 
     @property
     def peak_bytes(self) -> int:
@@ -134,7 +135,9 @@ def carried_nodes(graph: RowGraph, mode: str) -> frozenset[int]:
     return frozenset(carried)
 
 
-def build_plan(graph: RowGraph, leaves: Collection[int], training: bool, choices: Choices) -> Plan:
+def build_plan(
+    graph: RowGraph, leaves: Collection[int], training: bool, choices: Choices, machine: Machine = Machine()
+) -> Plan:
     """Segments, residencies and row intervals for some choices.
 
     ``leaves`` are the inputs and parameters that require a gradient; without ``training`` there is no backward pass.
@@ -171,13 +174,13 @@ def build_plan(graph: RowGraph, leaves: Collection[int], training: bool, choices
         )
         segments.append(builder.build(training=kind == "rows"))
     prologue = tuple(p for p in range(len(graph.nodes)) if graph.roles[p] is Role.PROLOGUE)
-    return Plan(graph, choices, tuple(segments), frozenset(differentiable), training, prologue)
+    return Plan(graph, choices, tuple(segments), frozenset(differentiable), training, prologue, machine)
 
 
-def plain_plan(graph: RowGraph, leaves: Collection[int], training: bool) -> Plan:
+def plain_plan(graph: RowGraph, leaves: Collection[int], training: bool, machine: Machine = Machine()) -> Plan:
     """The plan that leaves the module as it is."""
     differentiable = differentiable_values(graph, leaves) if training else set()
-    return Plan(graph, Choices("plain", 1, 1, 1), (), frozenset(differentiable), training)
+    return Plan(graph, Choices("plain", 1, 1, 1), (), frozenset(differentiable), training, machine=machine)
 
 
 def _chunks(graph: RowGraph, count: int) -> list[Interval]:

@@ -21,7 +21,7 @@ The design's worked example (a bottleneck block) is this with c1 and c2 kept.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lrcnn_lightning.plan.loop import BackwardPass, Loop, closure, make_loop
 from lrcnn_lightning.plan.residency import Residencies
@@ -80,10 +80,15 @@ class FreeGradient:
 
 @dataclass(frozen=True)
 class BackwardRows:
-    """Run a backward pass, with the carries that were kept under the loop's name ``carries``."""
+    """Run a backward pass, with the carries that were kept under the loop's name ``carries``.
+
+    The last pass that reads them (``drops``) drops each row's carries as soon as that row is done: the rows run from
+    the bottom, so the first row, the largest under two-phase sharing, finds none of the others' left.
+    """
 
     run: BackwardPass
     carries: str | None
+    drops: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,20 +99,13 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class DropCarries:
-    """Drop the carries of a loop."""
-
-    loop: str
-
-
-@dataclass(frozen=True)
 class BackwardWhole:
     """Differentiate a whole node (its position)."""
 
     node: int
 
 
-Step = RunRows | RunWhole | Effect | Sweep | BackwardRows | BackwardWhole | Free | FreeGradient | DropCarries
+Step = RunRows | RunWhole | Effect | Sweep | BackwardRows | BackwardWhole | Free | FreeGradient
 
 
 @dataclass(frozen=True)
@@ -332,10 +330,11 @@ class ProgramBuilder:
                 gradients.update(dict.fromkeys(self.graph.nodes[step.node].outputs, i))
         result: list[Step] = []
         for i, step in enumerate(steps):
+            if isinstance(step, BackwardRows) and carries.get(step.carries or "") == i:
+                step = replace(step, drops=True)
             result.append(step)
             result.extend(Free(index) for index, when in last.items() if when == i)
             result.extend(FreeGradient(index) for index, when in gradients.items() if when == i)
-            result.extend(DropCarries(name) for name, when in carries.items() if when == i)
         return result
 
     def _group(

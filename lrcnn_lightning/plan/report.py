@@ -9,7 +9,6 @@ from lrcnn_lightning.plan.loop import Loop
 from lrcnn_lightning.plan.program import (
     BackwardRows,
     BackwardWhole,
-    DropCarries,
     Effect,
     Free,
     FreeGradient,
@@ -105,10 +104,8 @@ def step_text(graph: RowGraph, step: Step) -> str:
         return f"backward-whole {graph.nodes[step.node].name}"
     if isinstance(step, Free):
         return f"free {name(step.value)}"
-    if isinstance(step, FreeGradient):
-        return f"free-gradient {name(step.value)}"
-    assert isinstance(step, DropCarries)
-    return f"drop-carries {step.loop}"
+    assert isinstance(step, FreeGradient)
+    return f"free-gradient {name(step.value)}"
 
 
 def as_data(plan: Plan) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 
 from lrcnn_lightning.config import RowConfig, format_size
 from lrcnn_lightning.errors import ConfigError, PlanError
+from lrcnn_lightning.plan.cost import Machine
 from lrcnn_lightning.plan.keeping import Keeping
 from lrcnn_lightning.plan.plan import Choices, Plan, build_plan, plain_plan
 from lrcnn_lightning.rules import Role, RowGraph
@@ -47,10 +48,10 @@ def choose_plan(
         chooses_freely = config.mode == "auto" and free_choice
         budget = int(free_bytes(device) * _SHARE_OF_FREE) if chooses_freely else None
     if config.mode == "auto" and free_choice and budget is not None and not graph.communicates:
-        plain = plain_plan(graph, leaves, training)
+        plain = plain_plan(graph, leaves, training, Machine.of(device))
         if plain.peak_bytes <= budget:
             return plain
-    search = _Search(graph, leaves, training, budget, config.max_overhead)
+    search = _Search(graph, leaves, training, budget, config.max_overhead, Machine.of(device))
     for options in _stages(graph, config, height, training):
         search.vary(options)
     best = search.best
@@ -75,7 +76,9 @@ class _Search:
         training: bool,
         budget: int | None,
         max_overhead: float,
+        machine: Machine,
     ) -> None:
+        self.machine = machine
         self.graph, self.leaves, self.training = graph, leaves, training
         self.budget, self.max_overhead = budget, max_overhead
         self.tried: dict[Choices, Plan] = {}
@@ -87,7 +90,7 @@ class _Search:
         for values in itertools.product(*options.values()):
             choices = replace(base, **dict(zip(options, values, strict=True)))
             if choices not in self.tried:
-                plan = build_plan(self.graph, self.leaves, self.training, choices)
+                plan = build_plan(self.graph, self.leaves, self.training, choices, self.machine)
                 self.tried[choices] = plan
                 if self.best is None or self._rank(plan) < self._rank(self.best):
                     self.best = plan
