@@ -29,7 +29,7 @@ from lrcnn_lightning.plan.program import (
 )
 from lrcnn_lightning.rules import Role, RowGraph, RowRule
 
-__all__ = ["Cost", "Machine", "Memory", "plain_cost", "program_cost"]
+__all__ = ["CPU", "Cost", "Machine", "Memory", "plain_cost", "program_cost"]
 
 aten = torch.ops.aten
 
@@ -57,8 +57,11 @@ class Machine:
     def of(device: torch.device) -> Machine:
         """The nominal machine of a device: on a GPU all memory is equally near, and a call costs relatively more."""
         if device.type == "cpu":
-            return Machine()
+            return CPU
         return Machine(40e12, 2e12, 2e12, float("inf"), 2e12, 8e-6, 60e-6)
+
+
+CPU = Machine()
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class Cost:
     seconds: float
     timeline: tuple[int, ...] = field(default=(), repr=False, compare=False)
     """Live bytes of activation memory after each allocation of the step."""
+    peak_segment: int = 0
+    """The number of the segment that is run, forward or backward, when the peak is reached."""
 
 
 class Memory:
@@ -368,9 +373,8 @@ class _Simulation:
             elif isinstance(step, Free):
                 if step.value not in segment.outputs:
                     memory.free(("map", step.value))
-            elif isinstance(step, FreeGradient):
-                if step.value not in segment.outputs:
-                    memory.free(("gradient", step.value))
+            elif isinstance(step, FreeGradient) and step.value not in segment.outputs:
+                memory.free(("gradient", step.value))
         for index in (*segment.kept, *segment.outputs):
             memory.free(("map", index))
             if index in segment.outputs:
@@ -540,12 +544,14 @@ def program_cost(
     segments: Sequence[SegmentProgram],
     differentiable: Collection[int],
     last_reader: dict[int, int],
-    machine: Machine = Machine(),
+    machine: Machine = CPU,
 ) -> Cost:
     """The cost of one step of a program."""
     simulation = _Simulation(graph, differentiable, machine)
     memory = simulation.memory
+    peaks: dict[int, int] = {}  # peak so far -> the segment that was run when it was reached
     for number, segment in enumerate(segments):
+        peaks.setdefault(memory.peak, number - 1)
         if segment.plain:
             for position in segment.nodes:
                 simulation._whole(position)
@@ -556,7 +562,8 @@ def program_cost(
                 if last_reader.get(index) == number:
                     memory.free(("map", index))
     if differentiable:
-        for segment in reversed(segments):
+        for number, segment in reversed(list(enumerate(segments))):
+            peaks.setdefault(memory.peak, min(number + 1, len(segments) - 1))
             if segment.plain:
                 for position in reversed(segment.nodes):
                     simulation._backward_whole(position)
@@ -565,10 +572,10 @@ def program_cost(
                         memory.free(("gradient", output))
             else:
                 simulation.backward(segment)
-    return Cost(memory.peak, simulation.seconds, tuple(memory.timeline))
+    return Cost(memory.peak, simulation.seconds, tuple(memory.timeline), peaks.get(memory.peak, 0))
 
 
-def plain_cost(graph: RowGraph, differentiable: Collection[int], machine: Machine = Machine()) -> Cost:
+def plain_cost(graph: RowGraph, differentiable: Collection[int], machine: Machine = CPU) -> Cost:
     """The cost of one step of plain, column-centric execution: what autograd saves stays until it is used."""
     model = _Model(graph, machine, machine.seconds_a_call)
     memory = Memory()

@@ -57,6 +57,20 @@ class Row:
     owned: dict[int, Interval]
 
 
+class _Step:
+    """A node in the backward walk: what is looked up once, and how far the rows so far have come."""
+
+    __slots__ = ("carries", "maps", "needed", "outputs", "position", "reached", "targets")
+
+    def __init__(self, graph: RowGraph, position: int, carries: bool, targets: Collection[int]) -> None:
+        node, rule = graph.nodes[position], graph.rules[position]
+        assert isinstance(rule, RowRule)
+        self.position, self.outputs, self.carries, self.reached = position, node.outputs, carries, 0
+        self.needed = rule.needed
+        self.maps = tuple(index for index in node.inputs if graph.is_map(index))
+        self.targets = tuple(output for output in node.outputs if output in targets)
+
+
 def scaled_cuts(cuts: Sequence[int], height: int) -> list[int]:
     """Cuts of the tallest map, ``0 < ... < H``, at the height of another."""
     tallest = cuts[-1]
@@ -75,44 +89,45 @@ def row_intervals(
     ``targets`` are the values of which every row must be produced once; ``cuts`` the ends of the rows (the last one is
     the height) of the tallest target; ``carried`` the nodes whose halo policy is CARRY.
     """
-    inside = {output: position for position in nodes for output in graph.nodes[position].outputs}
+    inside = {output for position in nodes for output in graph.nodes[position].outputs}
     ends = {target: [0, *scaled_cuts(cuts, graph.height(target))] for target in targets}
-    reached = dict.fromkeys(nodes, 0)
+    steps = [_Step(graph, position, position in carried, targets) for position in reversed(nodes)]
     rows: list[Row] = []
     for r in range(len(cuts)):
-        need: dict[int, Interval] = {}
+        # Plain pairs, not intervals: this is the planner's innermost loop.
+        need: dict[int, tuple[int, int]] = {}
         spans: dict[int, Span] = {}
         owned: dict[int, Interval] = {}
         for target in targets:
             own = Interval(ends[target][r], ends[target][r + 1])
             owned[target] = own
-            if not own.empty:
+            if own.lo < own.hi:
                 need[target] = own
-        for position in reversed(nodes):
-            node, rule = graph.nodes[position], graph.rules[position]
-            assert isinstance(rule, RowRule)
-            out = NOTHING
-            for output in node.outputs:
-                out = out.union(need.get(output, NOTHING))
-            if position in carried:
-                new = reached[position]
-                hi = max(new, out.hi)
-                span = Span(new if out.empty else min(out.lo, new), new, hi)
-                for output in node.outputs:
-                    if output in targets:
-                        owned[output] = span.computed
+        for step in steps:
+            lo, hi = NOTHING
+            for output in step.outputs:
+                if output in need:
+                    first, last = need[output]
+                    lo, hi = (first, last) if lo >= hi else (min(lo, first), max(hi, last))
+            if step.carries:
+                new = step.reached
+                if lo >= hi:
+                    lo = hi = new
+                span = Span(min(lo, new), new, max(new, hi))
+                for output in step.targets:
+                    owned[output] = span.computed
             else:
-                span = Span(out.lo, out.lo, out.hi)
-                hi = max(reached[position], out.hi)
-            reached[position] = hi
-            spans[position] = span
-            if span.computed.empty:
+                new = lo
+                span = Span(lo, lo, hi)
+            step.reached = max(step.reached, span.hi)
+            spans[step.position] = span
+            if new >= span.hi:
                 continue
-            needed = rule.needed(span.computed)
-            for index in node.inputs:
-                if graph.is_map(index):
-                    need[index] = need.get(index, NOTHING).union(needed)
-        reads = {index: interval for index, interval in need.items() if index not in inside}
+            first, last = step.needed(Interval(new, span.hi))
+            for index in step.maps:
+                given = need.get(index)
+                need[index] = (first, last) if given is None else (min(given[0], first), max(given[1], last))
+        reads = {index: Interval(*pair) for index, pair in need.items() if index not in inside}
         rows.append(Row(spans, reads, owned))
     return _with_longer_carries(rows, nodes)
 

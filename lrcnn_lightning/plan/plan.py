@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lrcnn_lightning.plan.cost import Cost, Machine, plain_cost, program_cost
+from lrcnn_lightning.plan.cost import CPU, Cost, Machine, plain_cost, program_cost
 from lrcnn_lightning.plan.keeping import Keeping, choose_residencies
 from lrcnn_lightning.plan.loop import Loop
 from lrcnn_lightning.plan.program import ProgramBuilder, RunRows, SegmentProgram
@@ -16,7 +17,17 @@ from lrcnn_lightning.plan.residency import Residencies
 from lrcnn_lightning.plan.segments import differentiable_values, segment_borders, stretches
 from lrcnn_lightning.rules import Interval, Role, RowGraph, RowRule
 
-__all__ = ["Choices", "Plan", "build_plan", "carried_nodes", "plain_plan"]
+__all__ = ["Choices", "Part", "Plan", "build_plan", "carried_nodes", "plain_plan"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is chosen for the segment that begins with node ``first`` (a position in the graph)."""
+
+    first: int
+    mode: str
+    rows: int
+    keeping: Keeping
 
 
 @dataclass(frozen=True)
@@ -24,7 +35,9 @@ class Choices:
     """What is free to choose in a plan.
 
     ``rows`` and ``segments`` are positive numbers, ``mode`` a halo policy by its paper's name (``two_phase`` or
-    ``overlap``), ``keeping`` what is kept of the inputs of normalisations (`keeping.choose_residencies`).
+    ``overlap``), ``keeping`` what is kept of the inputs of normalisations (`keeping.choose_residencies`). ``parts``,
+    where there are any, say for each segment where it begins and what holds in it; the numbers before are then only
+    those of the plan at large.
     """
 
     mode: str = "two_phase"
@@ -32,6 +45,12 @@ class Choices:
     segments: int = 1
     batch_chunks: int = 1
     keeping: Keeping = "lean"
+    parts: tuple[Part, ...] = ()
+
+    def part(self, first: int) -> Part:
+        """What holds for the segment that begins with the node ``first``."""
+        before = [part for part in self.parts if part.first <= first]
+        return replace(before[-1], first=first) if before else Part(first, self.mode, self.rows, self.keeping)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +66,7 @@ class Plan:
     differentiable: frozenset[int]
     training: bool
     prologue: tuple[int, ...] = field(default=())
-    machine: Machine = field(default=Machine(), repr=False)
+    machine: Machine = field(default=CPU, repr=False)
 
     @property
     def mode(self) -> str:
@@ -96,6 +115,12 @@ class Plan:
         """The largest number of rows of any stage."""
         return max((len(loop.rows) for loop in self.loops()), default=1)
 
+    @cached_property
+    def explicit(self) -> Choices:
+        """The choices that give this plan, segment by segment."""
+        firsts = [s.nodes[0] for s in self.segments if not s.plain]
+        return replace(self.choices, segments=len(firsts), parts=tuple(self.choices.part(first) for first in firsts))
+
     def loops(self) -> list[Loop]:
         """The forward loops, in order."""
         return [step.loop for s in self.segments for step in s.forward if isinstance(step, RunRows)]
@@ -136,7 +161,7 @@ def carried_nodes(graph: RowGraph, mode: str) -> frozenset[int]:
 
 
 def build_plan(
-    graph: RowGraph, leaves: Collection[int], training: bool, choices: Choices, machine: Machine = Machine()
+    graph: RowGraph, leaves: Collection[int], training: bool, choices: Choices, machine: Machine = CPU
 ) -> Plan:
     """Segments, residencies and row intervals for some choices.
 
@@ -149,7 +174,7 @@ def build_plan(
         for o in node.outputs
         if o in differentiable and graph.roles[p] is not Role.PROLOGUE
     )
-    carried = carried_nodes(graph, choices.mode)
+    carried: dict[str, frozenset[int]] = {}
     chunks = _chunks(graph, choices.batch_chunks)
     plain: list[tuple[tuple[int, ...], str]] = []
     for stretch in stretches(graph, differentiable, training):
@@ -158,9 +183,7 @@ def build_plan(
         elif stretch.kind == "frozen":
             plain.append((stretch.nodes, "frozen"))
         else:
-            plain.extend(
-                (nodes, "rows") for nodes in segment_borders(graph, stretch.nodes, choices.segments, choices.rows)
-            )
+            plain.extend((nodes, "rows") for nodes in _runs(graph, stretch.nodes, choices))
     outputs_of = _borders(graph, [nodes for nodes, _ in plain])
     segments: list[SegmentProgram] = []
     for number, (nodes, kind) in enumerate(plain):
@@ -168,19 +191,40 @@ def build_plan(
         if kind == "plain":
             segments.append(_plain(graph, name, nodes, outputs))
             continue
-        residencies: Residencies = choose_residencies(graph, nodes, outputs, choices.keeping)
+        part = choices.part(nodes[0])
+        if part.mode not in carried:
+            carried[part.mode] = carried_nodes(graph, part.mode)
+        residencies: Residencies = choose_residencies(graph, nodes, outputs, part.keeping)
         builder = ProgramBuilder(
-            graph, name, nodes, outputs, residencies, choices.rows, carried, chunks, differentiable
+            graph,
+            name,
+            nodes,
+            outputs,
+            residencies,
+            part.rows,
+            carried[part.mode],
+            chunks,
+            differentiable,
+            on_demand=part.keeping != "borders",
         )
         segments.append(builder.build(training=kind == "rows"))
     prologue = tuple(p for p in range(len(graph.nodes)) if graph.roles[p] is Role.PROLOGUE)
     return Plan(graph, choices, tuple(segments), frozenset(differentiable), training, prologue, machine)
 
 
-def plain_plan(graph: RowGraph, leaves: Collection[int], training: bool, machine: Machine = Machine()) -> Plan:
+def plain_plan(graph: RowGraph, leaves: Collection[int], training: bool, machine: Machine = CPU) -> Plan:
     """The plan that leaves the module as it is."""
     differentiable = differentiable_values(graph, leaves) if training else set()
     return Plan(graph, Choices("plain", 1, 1, 1), (), frozenset(differentiable), training, machine=machine)
+
+
+def _runs(graph: RowGraph, nodes: Sequence[int], choices: Choices) -> list[tuple[int, ...]]:
+    """The nodes of a stretch, cut where segments begin."""
+    if not choices.parts:
+        return segment_borders(graph, nodes, choices.segments, choices.rows)
+    starts = {part.first for part in choices.parts}
+    ends = [0, *(i for i, p in enumerate(nodes) if i and p in starts), len(nodes)]
+    return [tuple(nodes[a:b]) for a, b in itertools.pairwise(ends)]
 
 
 def _chunks(graph: RowGraph, count: int) -> list[Interval]:

@@ -143,10 +143,11 @@ class ProgramBuilder:
         carried: Collection[int],
         chunks: Sequence[Interval],
         differentiable: Collection[int],
+        on_demand: bool = False,
     ) -> None:
         self.graph, self.name = graph, name
         self.nodes = tuple(nodes)
-        self.residencies = residencies
+        self.residencies, self.on_demand = residencies, on_demand
         self.rows, self.carried, self.chunks = rows, carried, tuple(chunks)
         self.differentiable = differentiable
         inside = {output for position in nodes for output in graph.nodes[position].outputs}
@@ -297,17 +298,32 @@ class ProgramBuilder:
             and index not in self.outputs
             and any(index in _reads(graph, step) for step in steps)
         ]
-        if restored:
-            available = {i for i in (*self.inputs, *self.inside) if graph.is_map(i) and self._at_hand(i)}
-            nodes, sources = closure(graph, restored, available)
-            loop = make_loop(
-                graph, f"{self.name}.r", nodes, sources, restored, (), (), self.rows, self.carried, self.chunks
-            )
-            steps.insert(0, RunRows(loop))
+        steps = self._with_restored(steps, restored)
         needed = {index for step in steps for index in _reads(graph, step)}
         at_hand = {*self.inputs, *(i for i in self.inside if self._at_hand(i))}
         kept = tuple(sorted(at_hand & needed))
         return self._with_backward_frees(steps), kept, used
+
+    def _with_restored(self, steps: list[Step], restored: Sequence[int]) -> list[Step]:
+        """Bring TRANSIENT maps back: all in one sweep before the first step, or each before its first reader.
+
+        On demand only one or two exist at a time, but the rows of each are computed from the nearest maps at hand, so a
+        chain of n of them is walked n times.
+        """
+        graph = self.graph
+        readers = {v: [i for i, step in enumerate(steps) if v in _reads(graph, step)] for v in restored}
+        result: list[Step] = []
+        for i, step in enumerate(steps):
+            due = [v for v in restored if (readers[v][0] if self.on_demand else 0) == i]
+            if due:
+                alive = {v for v in restored if readers[v][0] < i <= readers[v][-1]} if self.on_demand else set()
+                kept = (v for v in (*self.inputs, *self.inside) if graph.is_map(v) and self._at_hand(v))
+                nodes, sources = closure(graph, due, {*kept, *alive})
+                name = f"{self.name}.r{i}"
+                loop = make_loop(graph, name, nodes, sources, due, (), (), self.rows, self.carried, self.chunks)
+                result.append(RunRows(loop))
+            result.append(step)
+        return result
 
     def _at_hand(self, index: int) -> bool:
         """Whether a value is there when the backward pass starts."""

@@ -7,6 +7,7 @@ With a budget: the fastest plan predicted to fit. Without: the plan of least mem
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
@@ -18,7 +19,8 @@ from lrcnn_lightning.config import RowConfig, format_size
 from lrcnn_lightning.errors import ConfigError, PlanError
 from lrcnn_lightning.plan.cost import Machine
 from lrcnn_lightning.plan.keeping import Keeping
-from lrcnn_lightning.plan.plan import Choices, Plan, build_plan, plain_plan
+from lrcnn_lightning.plan.plan import Choices, Part, Plan, build_plan, plain_plan
+from lrcnn_lightning.plan.segments import cut_points
 from lrcnn_lightning.rules import Role, RowGraph
 
 __all__ = ["choose_plan", "free_bytes"]
@@ -26,6 +28,10 @@ __all__ = ["choose_plan", "free_bytes"]
 _ROWS = (2, 4, 8, 16, 32)
 _SEGMENTS = (1, 2, 3, 4, 6, 8, 12, 16)
 _SHARE_OF_FREE = 0.8
+_MOST_ROWS = 64
+_REFINEMENTS = 48
+_REFINED_NODES = 9_000
+"""Plans that are tried at most when the best one is refined, and nodes that these have together."""
 
 
 def choose_plan(
@@ -54,6 +60,7 @@ def choose_plan(
     search = _Search(graph, leaves, training, budget, config.max_overhead, Machine.of(device))
     for options in _stages(graph, config, height, training):
         search.vary(options)
+    search.refine(_Moves(graph, config, search.best))
     best = search.best
     assert best is not None
     if budget is not None and best.peak_bytes > budget:
@@ -81,8 +88,34 @@ class _Search:
         self.machine = machine
         self.graph, self.leaves, self.training = graph, leaves, training
         self.budget, self.max_overhead = budget, max_overhead
-        self.tried: dict[Choices, Plan] = {}
+        self.tried: dict[Choices, int] = {}
         self.best: Plan | None = None
+
+    def refine(self, moves: _Moves) -> None:
+        """Change the best plan segment by segment, as long as that makes it better."""
+        limit = max(12, min(_REFINEMENTS, _REFINED_NODES // max(len(self.graph.nodes), 1)))
+        improved = self.best is not None and self.best.mode != "plain" and self.training
+        while improved and limit > 0:
+            improved = False
+            assert self.best is not None
+            for choices in moves.of(self.best):
+                if choices in self.tried:
+                    continue
+                limit -= 1
+                if self._try(choices):
+                    improved = True
+                    break
+                if limit <= 0:
+                    break
+
+    def _try(self, choices: Choices) -> bool:
+        """Build and price a plan; whether it is the best one so far."""
+        plan = build_plan(self.graph, self.leaves, self.training, choices, self.machine)
+        self.tried[choices] = plan.cost.peak_bytes
+        better = self.best is None or self._rank(plan) < self._rank(self.best)
+        if better:
+            self.best = plan
+        return better
 
     def vary(self, options: dict[str, Sequence[Any]]) -> None:
         """Try all combinations of these options, the others being those of the best plan so far."""
@@ -90,10 +123,7 @@ class _Search:
         for values in itertools.product(*options.values()):
             choices = replace(base, **dict(zip(options, values, strict=True)))
             if choices not in self.tried:
-                plan = build_plan(self.graph, self.leaves, self.training, choices, self.machine)
-                self.tried[choices] = plan
-                if self.best is None or self._rank(plan) < self._rank(self.best):
-                    self.best = plan
+                self._try(choices)
 
     def _rank(self, plan: Plan) -> tuple[float, ...]:
         """Smaller is better. With a budget: fitting plans by time, others by memory. Without: plans within the
@@ -104,6 +134,57 @@ class _Search:
             return (0, plan.cost.seconds) if fits else (1, plan.peak_bytes)
         allowed = plan.overhead <= self.max_overhead
         return (0, plan.peak_bytes) if allowed else (1, plan.overhead)
+
+
+class _Moves:
+    """Plans that differ from one in a single segment, those around the segment of the peak first."""
+
+    def __init__(self, graph: RowGraph, config: RowConfig, start: Plan | None) -> None:
+        self.config = config
+        nodes = [p for s in start.segments if not s.plain and s.backward for p in s.nodes] if start else []
+        self.points = cut_points(graph, nodes) if nodes else []
+        self.first = nodes[0] if nodes else 0
+        self.barriers = any(role is Role.REDUCE for role in graph.roles)
+
+    def of(self, plan: Plan) -> Iterator[Choices]:
+        """The neighbours of a plan."""
+        choices = plan.explicit
+        parts = choices.parts
+        peak = next((s.nodes[0] for s in plan.segments[plan.cost.peak_segment :] if not s.plain), parts[-1].first)
+        order = sorted(range(len(parts)), key=lambda i: abs(parts[i].first - peak))
+        for i in order:
+            yield from (replace(choices, parts=(*parts[:i], part, *parts[i + 1 :])) for part in self._others(parts[i]))
+            for changed in self._cuts(parts, i):
+                yield replace(choices, parts=changed, segments=len(changed))
+
+    def _others(self, part: Part) -> Iterator[Part]:
+        """The same segment with another choice."""
+        if self.config.rows == "auto":
+            for rows in (part.rows * 2, part.rows * 3 // 2, part.rows // 2):
+                if 1 < rows <= _MOST_ROWS:
+                    yield replace(part, rows=rows)
+        keepings: list[Keeping] = ["lean", "narrow", "borders"]
+        yield from (replace(part, keeping=k) for k in keepings if k != part.keeping and self.barriers)
+        if self.config.mode == "auto":
+            yield replace(part, mode="overlap" if part.mode == "two_phase" else "two_phase")
+
+    def _cuts(self, parts: tuple[Part, ...], i: int) -> Iterator[tuple[Part, ...]]:
+        """Segment ``i`` begins elsewhere, is joined with the one before, or is divided."""
+        part = parts[i]
+        lower = parts[i - 1].first if i else self.first
+        upper = parts[i + 1].first if i + 1 < len(parts) else math.inf
+        if i and part.first > self.first:
+            near = sorted(
+                (p for p in self.points if lower < p < upper and p != part.first), key=lambda p: abs(p - part.first)
+            )
+            yield from ((*parts[:i], replace(part, first=p), *parts[i + 1 :]) for p in near[:6])
+        if self.config.segments != "auto" or part.first < self.first:
+            return
+        if i and parts[i - 1].first >= self.first:
+            yield (*parts[:i], *parts[i + 1 :])
+        inside = [p for p in self.points if part.first < p < upper]
+        step = max(1, len(inside) // 6)
+        yield from ((*parts[: i + 1], replace(part, first=p), *parts[i + 1 :]) for p in inside[step // 2 :: step])
 
 
 def _stages(graph: RowGraph, config: RowConfig, height: int, training: bool) -> Iterator[dict[str, Sequence[Any]]]:

@@ -15,7 +15,7 @@ import torch
 
 from lrcnn_lightning.rules import Role, RowGraph
 
-__all__ = ["Stretch", "differentiable_values", "segment_borders", "stretches"]
+__all__ = ["Stretch", "cut_points", "differentiable_values", "segment_borders", "stretches"]
 
 _CUTS = 80
 """Cuts that are considered at most; the choice among them is quadratic."""
@@ -103,6 +103,13 @@ def segment_borders(graph: RowGraph, nodes: Sequence[int], count: int, rows: int
             best = (cost, chosen)
     ends = [0, *(best[1] if best else []), len(nodes)]
     return [tuple(nodes[a:b]) for a, b in itertools.pairwise(ends)]
+
+
+def cut_points(graph: RowGraph, nodes: Sequence[int]) -> list[int]:
+    """Nodes (positions) before which a segment may well begin: few bytes cross there."""
+    weight = [sum(graph.values[o].bytes for o in graph.nodes[p].outputs if graph.is_map(o)) for p in nodes]
+    prefix = [0, *itertools.accumulate(weight)]
+    return [nodes[i] for i in _sensible_cuts(_crossing_bytes(graph, nodes), prefix)]
 
 
 def _sensible_cuts(crossing: Sequence[int], prefix: Sequence[int]) -> list[int]:
