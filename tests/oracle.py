@@ -27,7 +27,7 @@ RELATIVE = 1e-9
 """Of the largest element of the reference. Where that is below 1e-9 itself, the difference is taken as it is."""
 
 MODES = ("two_phase", "overlap")
-KEEPINGS: tuple[Keeping, ...] = ("lean", "narrow", "borders")
+KEEPINGS: tuple[Keeping, ...] = ("lean", "narrow", "borders", "demand")
 
 
 @dataclass

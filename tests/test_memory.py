@@ -93,4 +93,4 @@ def test_frozen_prefix_keeps_nothing_and_is_not_run_again() -> None:
     plan = lrcnn_lightning.plan(module, image, **options)
     frozen, rest = (segment for segment in plan.segments if not segment.plain)
     assert not frozen.backward and not frozen.kept and rest.backward
-    assert measure_fake(lrcnn_lightning.rowwise(module, **options), image).peak_bytes < trained / 2
+    assert measure_fake(lrcnn_lightning.rowwise(module, **options), image).peak_bytes < 0.6 * trained

@@ -359,7 +359,8 @@ class _Simulation:
 
     # --------------------------------------------------------------- backward
 
-    def backward(self, segment: SegmentProgram) -> None:
+    def backward(self, segment: SegmentProgram, kept_before: Collection[int]) -> None:
+        """``kept_before``: what earlier segments keep for their own backward pass, which comes later."""
         memory = self.memory
         for step in segment.backward:
             if isinstance(step, BackwardRows):
@@ -376,7 +377,8 @@ class _Simulation:
             elif isinstance(step, FreeGradient) and step.value not in segment.outputs:
                 memory.free(("gradient", step.value))
         for index in (*segment.kept, *segment.outputs):
-            memory.free(("map", index))
+            if index not in kept_before:
+                memory.free(("map", index))
             if index in segment.outputs:
                 memory.free(("gradient", index))
         memory.free_all("keep", segment.name)
@@ -571,7 +573,7 @@ def program_cost(
                         memory.free(("map", output))
                         memory.free(("gradient", output))
             else:
-                simulation.backward(segment)
+                simulation.backward(segment, {index for earlier in segments[:number] for index in earlier.kept})
     return Cost(memory.peak, simulation.seconds, tuple(memory.timeline), peaks.get(memory.peak, 0))
 
 

@@ -163,7 +163,7 @@ class _Moves:
             for rows in (part.rows * 2, part.rows * 3 // 2, part.rows // 2):
                 if 1 < rows <= _MOST_ROWS:
                     yield replace(part, rows=rows)
-        keepings: list[Keeping] = ["lean", "narrow", "borders"]
+        keepings: list[Keeping] = ["lean", "demand", "narrow", "borders"]
         yield from (replace(part, keeping=k) for k in keepings if k != part.keeping and self.barriers)
         if self.config.mode == "auto":
             yield replace(part, mode="overlap" if part.mode == "two_phase" else "two_phase")
@@ -196,7 +196,7 @@ def _stages(graph: RowGraph, config: RowConfig, height: int, training: bool) -> 
     if config.batch_chunks == "auto" and samples > 1 and graph.batch_splits:
         chunks = sorted({1, min(samples, 4), max(1, samples // 4), samples})
     barriers = training and any(role is Role.REDUCE for role in graph.roles)
-    keepings: list[Keeping] = ["lean", "narrow", "borders"] if barriers else ["borders"]
+    keepings: list[Keeping] = ["lean", "narrow", "demand", "borders"] if barriers else ["borders"]
     modes = [config.mode]
     if config.mode == "auto":
         modes = ["two_phase"]
