@@ -10,6 +10,7 @@ import contextlib
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,9 @@ from lrcnn_lightning.config import RowConfig, did_you_mean
 from lrcnn_lightning.engine.execute import execute, requires_grad_leaves
 from lrcnn_lightning.errors import CaptureError, ConfigError, RowwiseError
 from lrcnn_lightning.graph import capture, processes, take_apart
+from lrcnn_lightning.plan.cost import Machine
 from lrcnn_lightning.plan.plan import Plan
+from lrcnn_lightning.plan.saved import SavedPlan, load_plan
 from lrcnn_lightning.plan.search import choose_plan
 from lrcnn_lightning.rules import RowGraph, lower
 
@@ -52,6 +55,8 @@ class RowwiseForward:
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
         self._unsupported: Callable[[RowwiseForward, CaptureError, Any, Any], Any] | None = unsupported
         self._runs_plain = False
+        self.given: SavedPlan | None = None
+        """A plan that was given; nothing is searched for then."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry no plans: they are made again when needed."""
@@ -109,7 +114,10 @@ class RowwiseForward:
         chosen = self._plans.get(plan_key)
         if chosen is None:
             device = next((leaf.device for leaf in inputs if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
-            found = choose_plan(graph, leaves, training and bool(leaves), self.config, device)
+            if self.given is not None:
+                found = self.given.of(graph, leaves, training and bool(leaves), Machine.of(device))
+            else:
+                found = choose_plan(graph, leaves, training and bool(leaves), self.config, device)
             chosen = _remember(self._plans, plan_key, found)
         self._plans.move_to_end(plan_key)
         return chosen, inputs
@@ -177,10 +185,14 @@ def _put_back(module: nn.Module, previous: Callable[..., Any] | None) -> Iterato
             module.__dict__["forward"] = present
 
 
-def rowwise(module: ModuleType, **options: Any) -> ModuleType:
+def rowwise(
+    module: ModuleType, *, plan: Plan | SavedPlan | Mapping[str, Any] | str | Path | None = None, **options: Any
+) -> ModuleType:
     """Make ``module`` run row by row, in place, and return it.
 
-    ``options`` are the fields of `RowConfig`. The first call with a new input shape captures and plans the module.
+    ``options`` are the fields of `RowConfig`. Instead of those that plan, ``plan`` may be a plan for this module, its
+    data (``plan.to_dict()``, perhaps edited), or a JSON file with it. The first call with a new input
+    shape captures and plans the module.
     Parameters, buffers, hooks on the module and its ``state_dict`` stay as they are; `restore` undoes it.
 
     >>> import torch
@@ -199,8 +211,15 @@ def rowwise(module: ModuleType, **options: Any) -> ModuleType:
         )
     if not isinstance(module, nn.Module):
         raise ConfigError(f"rowwise() takes a torch.nn.Module, given was {type(module).__name__}")
+    planning = sorted({*options} - {"axis", "on_unsupported"})
+    if plan is not None and planning:
+        raise ConfigError(
+            f"{planning[0]}={options[planning[0]]!r} is for planning, and a plan was given: leave out one"
+        )
     restore(module)
-    module.__dict__["forward"] = RowwiseForward(module, config)
+    forward = RowwiseForward(module, config)
+    forward.given = None if plan is None else load_plan(plan)
+    module.__dict__["forward"] = forward
     return module
 
 
@@ -310,8 +329,8 @@ class RowwiseSession:
     session.active()``. With ``modules="auto"`` a module that cannot be captured is replaced by its own parts.
     """
 
-    def __init__(self, root: nn.Module, config: RowConfig) -> None:
-        self.root, self.config = root, config
+    def __init__(self, root: nn.Module, config: RowConfig, plans: Mapping[str, SavedPlan] | None = None) -> None:
+        self.root, self.config, self.given = root, config, dict(plans or {})
         names = config.modules
         self.automatic = names == "auto"
         chosen = select_modules(root, names)
@@ -322,9 +341,15 @@ class RowwiseSession:
             # The model's own forward, where layers hang directly on it; its parts serve steps that call them.
             self.forwards = {"": self._forward("", root), **self.forwards}
         self._depth = 0
+        for name in self.given:
+            if name not in self.forwards:
+                known = ", ".join(repr(other) for other in self.forwards) or "none"
+                raise ConfigError(f"plan: no module {name!r} runs row-wise; those that do are {known}")
 
     def _forward(self, name: str, module: nn.Module) -> RowwiseForward:
-        return RowwiseForward(module, self.config, name, self._descend if self.automatic else None)
+        forward = RowwiseForward(module, self.config, name, self._descend if self.automatic else None)
+        forward.given = self.given.get(name)
+        return forward
 
     @property
     def plans(self) -> dict[str, Plan]:

@@ -36,6 +36,7 @@ from torch import nn
 from lrcnn_lightning.config import Mode, OnUnsupported, RowConfig, did_you_mean, format_size
 from lrcnn_lightning.errors import ConfigError
 from lrcnn_lightning.plan.plan import Plan
+from lrcnn_lightning.plan.saved import load_plans
 from lrcnn_lightning.rowwise import RowwiseSession
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class _Rowwise(Strategy):
 
     Args:
 {_OPTIONS}
+        plan: Saved plans by module name (``{{name: plan.to_dict()}}`` of ``strategy.plans``, perhaps edited), or a JSON
+            file with them, to be used instead of planning.
         kwargs: Arguments of Lightning's own strategy.
     """
 
@@ -95,8 +98,10 @@ class _Rowwise(Strategy):
         axis: int | Literal["auto"] = "auto",
         modules: str | Sequence[str] = "auto",
         on_unsupported: OnUnsupported = "error",
+        plan: dict[str, Any] | str | None = None,
         **kwargs: Any,
     ) -> None:
+        self._given = {} if plan is None else load_plans(plan)
         self._config = RowConfig(
             mode=mode,
             rows=rows,
@@ -180,9 +185,11 @@ class _Rowwise(Strategy):
     def setup(self, trainer: Trainer) -> None:
         module = self.lightning_module
         assert module is not None
-        self._check(trainer, module, RowwiseSession(module, self._config))
+        self._check(trainer, module, RowwiseSession(module, self._config, self._given))
         super().setup(trainer)
-        self._session = RowwiseSession(module, self._config)  # precision plugins may have replaced submodules
+        self._session = RowwiseSession(
+            module, self._config, self._given
+        )  # precision plugins may have replaced submodules
         if not self._session.forwards:
             self._rank_zero("rank_zero_warn")(
                 f"strategy {type(self).__name__}: no submodule of {type(module).__name__} contains a convolution; "

@@ -278,7 +278,7 @@ def test_registering_again_changes_nothing(namespace: str) -> None:
 def test_the_options_are_those_of_the_configuration(kind: Any) -> None:
     base = next(cls for cls in kind.__mro__ if cls.__name__ == "_Rowwise")
     parameters = inspect.signature(base.__init__).parameters
-    assert {name: p.default for name, p in parameters.items() if name not in ("self", "kwargs")} == {
+    assert {name: p.default for name, p in parameters.items() if name not in ("self", "plan", "kwargs")} == {
         field.name: field.default for field in fields(RowConfig)
     }
     options = {"mode": "overlap", "rows": 2, "segments": 3, "batch_chunks": 4, "memory_budget": "2GiB"}

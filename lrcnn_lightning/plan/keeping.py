@@ -15,16 +15,19 @@ into many levels. Then
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from lrcnn_lightning.plan.residency import KEEP, STREAM, TRANSIENT, Residencies, Residency
 from lrcnn_lightning.rules import Role, RowGraph
 
-__all__ = ["Keeping", "choose_residencies"]
+__all__ = ["KEEPINGS", "Keeping", "choose_residencies"]
 
 Keeping = Literal["borders", "demand", "narrow", "lean"]
-"""``borders``: nothing but segment borders, and the TRANSIENT maps come back all in one sweep; ``demand``: the same, but
-each comes back when it is needed; ``narrow`` and ``lean``: narrow reduced maps too, see above, the others on demand."""
+"""``borders``: nothing but segment borders, and the TRANSIENT maps come back all in one sweep; ``demand``: the same,
+but each comes back when it is needed; ``narrow`` and ``lean``: narrow reduced maps too (see above), the others on
+demand."""
+
+KEEPINGS: tuple[Keeping, ...] = get_args(Keeping)
 
 _WIDE = 1.5
 """A map this many times larger than its largest source is wide: computing it again is cheaper than keeping it."""
@@ -45,7 +48,9 @@ def choose_residencies(
             reduced = any(graph.roles[r] is Role.REDUCE for r in readers)
             later = any(level[r] > level[position] for r in readers if graph.roles[r] is Role.ROW)
             whole = any(graph.roles[r] is Role.WHOLE for r in readers)
-            if value in outputs or (reduced and later and keeping in ("narrow", "lean") and not _wide(graph, value, result)):
+            if value in outputs or (
+                reduced and later and keeping in ("narrow", "lean") and not _wide(graph, value, result)
+            ):
                 result[value] = KEEP
             elif reduced and later and keeping == "lean" and not whole:
                 result[value] = Residency("transient", "stream")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lrcnn_lightning.plan.cost import CPU, Cost, Machine, plain_cost, program_cost
 from lrcnn_lightning.plan.keeping import Keeping, choose_residencies
@@ -16,6 +16,10 @@ from lrcnn_lightning.plan.program import ProgramBuilder, RunRows, SegmentProgram
 from lrcnn_lightning.plan.residency import Residencies
 from lrcnn_lightning.plan.segments import differentiable_values, segment_borders, stretches
 from lrcnn_lightning.rules import Interval, Role, RowGraph, RowRule
+
+if TYPE_CHECKING:
+    from lrcnn_lightning.plan.saved import SavedPlan
+    from lrcnn_lightning.plan.schedule import Instruction
 
 __all__ = ["Choices", "Part", "Plan", "build_plan", "carried_nodes", "plain_plan"]
 
@@ -141,6 +145,20 @@ class Plan:
         from lrcnn_lightning.plan.report import as_data
 
         return as_data(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> SavedPlan:
+        """The plan that was saved as ``data``: to be read, printed, or given to ``rowwise(module, plan=...)``."""
+        from lrcnn_lightning.plan.saved import load_plan
+
+        return load_plan(data)
+
+    @cached_property
+    def schedule(self) -> tuple[Instruction, ...]:
+        """Every step in order; ``str`` of one is a line that `plan.schedule.parse` reads back."""
+        from lrcnn_lightning.plan.schedule import instructions
+
+        return instructions(self)
 
 
 def carried_nodes(graph: RowGraph, mode: str) -> frozenset[int]:

@@ -39,6 +39,8 @@ __all__ = [
     "SegmentProgram",
     "Step",
     "Sweep",
+    "reads_of",
+    "writes_of",
 ]
 
 
@@ -263,7 +265,7 @@ class ProgramBuilder:
         """Free each full map and whole value of the inside after the last step that reads it."""
         last: dict[int, int] = {}
         for i, step in enumerate(steps):
-            for index in (*_reads(self.graph, step), *_writes(self.graph, step)):
+            for index in (*reads_of(self.graph, step), *writes_of(self.graph, step)):
                 if index in self.inside and index not in keep:
                     last[index] = i
         result: list[Step] = []
@@ -296,10 +298,10 @@ class ProgramBuilder:
             if self._made_by_rows(index)
             and self.residencies[index].backward == "transient"
             and index not in self.outputs
-            and any(index in _reads(graph, step) for step in steps)
+            and any(index in reads_of(graph, step) for step in steps)
         ]
         steps = self._with_restored(steps, restored)
-        needed = {index for step in steps for index in _reads(graph, step)}
+        needed = {index for step in steps for index in reads_of(graph, step)}
         at_hand = {*self.inputs, *(i for i in self.inside if self._at_hand(i))}
         kept = tuple(sorted(at_hand & needed))
         return self._with_backward_frees(steps), kept, used
@@ -311,7 +313,7 @@ class ProgramBuilder:
         chain of n of them is walked n times.
         """
         graph = self.graph
-        readers = {v: [i for i, step in enumerate(steps) if v in _reads(graph, step)] for v in restored}
+        readers = {v: [i for i, step in enumerate(steps) if v in reads_of(graph, step)] for v in restored}
         result: list[Step] = []
         for i, step in enumerate(steps):
             due = [v for v in restored if (readers[v][0] if self.on_demand else 0) == i]
@@ -335,7 +337,7 @@ class ProgramBuilder:
         gradients: dict[int, int] = {}
         carries: dict[str, int] = {}
         for i, step in enumerate(steps):
-            for index in (*_reads(self.graph, step), *_writes(self.graph, step)):
+            for index in (*reads_of(self.graph, step), *writes_of(self.graph, step)):
                 if index in self.inside:
                     last[index] = i
             if isinstance(step, BackwardRows):
@@ -475,7 +477,7 @@ class ProgramBuilder:
         return not injected or self._materialised_backward(output)
 
 
-def _reads(graph: RowGraph, step: Step) -> tuple[int, ...]:
+def reads_of(graph: RowGraph, step: Step) -> tuple[int, ...]:
     """The full maps and whole values that a step reads."""
     if isinstance(step, (RunRows, Sweep)):
         inner = {o for p in step.loop.nodes for o in graph.nodes[p].outputs}
@@ -499,7 +501,7 @@ def _reads(graph: RowGraph, step: Step) -> tuple[int, ...]:
     return ()
 
 
-def _writes(graph: RowGraph, step: Step) -> tuple[int, ...]:
+def writes_of(graph: RowGraph, step: Step) -> tuple[int, ...]:
     """The full maps and whole values that a step makes."""
     if isinstance(step, RunRows):
         outputs = [o for p in step.loop.reductions for o in graph.nodes[p].outputs]

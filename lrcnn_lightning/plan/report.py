@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lrcnn_lightning.config import format_size
+from lrcnn_lightning.errors import PlanError
+from lrcnn_lightning.plan.keeping import KEEPINGS, Keeping
 from lrcnn_lightning.plan.loop import Loop
-from lrcnn_lightning.plan.program import (
-    BackwardRows,
-    BackwardWhole,
-    Effect,
-    Free,
-    FreeGradient,
-    RunRows,
-    RunWhole,
-    SegmentProgram,
-    Step,
-    Sweep,
-)
+from lrcnn_lightning.plan.program import RunRows, SegmentProgram
+from lrcnn_lightning.plan.schedule import instructions
 from lrcnn_lightning.rules import RowGraph
 
 if TYPE_CHECKING:
-    from lrcnn_lightning.plan.plan import Plan
+    from lrcnn_lightning.plan.plan import Choices, Plan
 
-__all__ = ["as_data", "report", "step_text"]
+__all__ = ["as_data", "choices_of", "report"]
 
 _POLICY = {
     "two_phase": "halos carried (two-phase sharing, 2PS)",
@@ -83,55 +76,59 @@ def _carried_bytes(graph: RowGraph, loop: Loop) -> int:
     return int(total)
 
 
-def step_text(graph: RowGraph, step: Step) -> str:
-    """One step of the schedule in words."""
-
-    def name(index: int) -> str:
-        return graph.values[index].name
-
-    if isinstance(step, RunRows):
-        return f"rows {step.loop.name} 0..{len(step.loop.rows) - 1}"
-    if isinstance(step, Sweep):
-        return f"sweep {step.loop.name} 0..{len(step.loop.rows) - 1}"
-    if isinstance(step, RunWhole):
-        return f"whole {graph.nodes[step.node].name}"
-    if isinstance(step, Effect):
-        return f"effect {graph.nodes[step.node].name}"
-    if isinstance(step, BackwardRows):
-        into = " ".join(name(i) for i in (*step.run.maps, *step.run.wholes))
-        return f"backward {step.run.loop.name} {len(step.run.loop.rows) - 1}..0 -> {into}"
-    if isinstance(step, BackwardWhole):
-        return f"backward-whole {graph.nodes[step.node].name}"
-    if isinstance(step, Free):
-        return f"free {name(step.value)}"
-    assert isinstance(step, FreeGradient)
-    return f"free-gradient {name(step.value)}"
-
-
 def as_data(plan: Plan) -> dict[str, Any]:
     """The plan as JSON-ready data."""
-    graph = plan.graph
+    graph, choices = plan.graph, plan.explicit
     return {
         "mode": plan.mode,
-        "rows": plan.choices.rows,
-        "segments": plan.choices.segments,
-        "batch_chunks": plan.choices.batch_chunks,
-        "keeping": plan.choices.keeping,
+        "rows": choices.rows,
+        "batch_chunks": choices.batch_chunks,
+        "segments": [
+            {
+                "first": graph.nodes[part.first].name,
+                "mode": part.mode,
+                "rows": part.rows,
+                "keeping": part.keeping,
+            }
+            for part in choices.parts
+        ],
         "training": plan.training,
         "peak_bytes": plan.peak_bytes,
         "plain_peak_bytes": plan.plain_peak_bytes,
         "overhead": plan.overhead,
         "inputs": {v.name: list(v.shape) for v in graph.graph.inputs},
-        "program": [
-            {
-                "name": segment.name,
-                "operations": [graph.nodes[p].name for p in segment.nodes],
-                "plain": segment.plain,
-                "residency": {graph.values[i].name: str(r) for i, r in segment.residencies.items()},
-                "kept": [graph.values[i].name for i in segment.kept],
-                "forward": [step_text(graph, step) for step in segment.forward],
-                "backward": [step_text(graph, step) for step in segment.backward],
-            }
-            for segment in plan.segments
-        ],
+        "residency": {
+            graph.values[i].name: str(r) for segment in plan.segments for i, r in segment.residencies.items()
+        },
+        "schedule": [str(line) for line in instructions(plan)],
     }
+
+
+def choices_of(data: Mapping[str, Any], graph: RowGraph) -> Choices:
+    """The choices in the data of a plan, for a graph with nodes of the same names.
+
+    Raises `PlanError` where the data does not fit.
+    """
+    from lrcnn_lightning.plan.plan import Choices, Part
+
+    positions = {node.name: position for position, node in enumerate(graph.nodes)}
+    parts = []
+    for number, given in enumerate(data["segments"]):
+        if given["first"] not in positions:
+            raise PlanError(
+                f"segment {number} of the plan begins with {given['first']!r}, and this module has no operation of "
+                f"that name; its operations are {', '.join(list(positions)[:6])}, ... (see `plan.to_dict()`)"
+            )
+        if given["mode"] not in _POLICY or not isinstance(given["rows"], int) or given["rows"] < 1:
+            raise PlanError(
+                f"segment {number} of the plan: mode {given['mode']!r}, rows {given['rows']!r}; allowed are the modes "
+                "'two_phase' and 'overlap', and a positive number of rows"
+            )
+        if given["keeping"] not in KEEPINGS:
+            raise PlanError(
+                f"segment {number} of the plan: keeping {given['keeping']!r}; allowed are {', '.join(KEEPINGS)}"
+            )
+        parts.append(Part(positions[given["first"]], given["mode"], given["rows"], given["keeping"]))
+    keeping: Keeping = parts[0].keeping if parts else "lean"
+    ordered = tuple(sorted(parts, key=lambda part: part.first))
+    return Choices(data["mode"], data["rows"], max(1, len(parts)), data["batch_chunks"], keeping, ordered)
