@@ -21,7 +21,7 @@ from lrcnn_lightning.errors import (
     RowwiseError,
 )
 from lrcnn_lightning.plan.plan import Plan
-from lrcnn_lightning.rowwise import plan, restore, rowwise
+from lrcnn_lightning.rowwise import frontier, plan, restore, rowwise
 
 if TYPE_CHECKING:
     from lrcnn_lightning.monitor import ActivationMemory
@@ -43,6 +43,7 @@ __all__ = [
     "PlanError",
     "RowConfig",
     "RowwiseError",
+    "frontier",
     "plan",
     "restore",
     "rowwise",

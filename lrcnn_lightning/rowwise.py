@@ -22,12 +22,13 @@ from lrcnn_lightning.engine.execute import execute, requires_grad_leaves
 from lrcnn_lightning.errors import CaptureError, ConfigError, RowwiseError
 from lrcnn_lightning.graph import capture, processes, take_apart
 from lrcnn_lightning.plan.cost import Machine
+from lrcnn_lightning.plan.frontier import Frontier, find_frontier
 from lrcnn_lightning.plan.plan import Plan
 from lrcnn_lightning.plan.saved import SavedPlan, load_plan
 from lrcnn_lightning.plan.search import choose_plan
 from lrcnn_lightning.rules import RowGraph, lower
 
-__all__ = ["RowwiseForward", "RowwiseSession", "plan", "restore", "rowwise", "select_modules"]
+__all__ = ["RowwiseForward", "RowwiseSession", "frontier", "plan", "restore", "rowwise", "select_modules"]
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
@@ -99,8 +100,25 @@ class RowwiseForward:
         return "Name smaller parts in `modules`" if self.name else "Call rowwise() on smaller parts of it"
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Plan, list[Any]]:
+        inputs, key, graph = self._captured(args, kwargs)
+        grad = torch.is_grad_enabled()
+        leaves = requires_grad_leaves(graph.graph, self.module, inputs) if grad else frozenset()
+        plan_key = (key, leaves, grad)
+        chosen = self._plans.get(plan_key)
+        if chosen is None:
+            training, device = grad and bool(leaves), _device(inputs)
+            if self.given is not None:
+                found = self.given.of(graph, leaves, training, Machine.of(device))
+            else:
+                found = choose_plan(graph, leaves, training, self.config, device)
+            chosen = _remember(self._plans, plan_key, found)
+        self._plans.move_to_end(plan_key)
+        return chosen, inputs
+
+    def _captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any, RowGraph]:
+        """The leaves of the arguments, what the graph depends on, and the graph."""
         inputs, structure = take_apart((args, kwargs))
-        state = tuple((type(child), child.training) for child in self.module.modules())
+        state = tuple((type(child), *_settings(child)) for child in self.module.modules())
         key = (structure, tuple(_metadata(leaf) for leaf in inputs), state, processes())
         graph = self._graphs.get(key)
         if graph is None:
@@ -108,19 +126,15 @@ class RowwiseForward:
                 captured = capture(self.module, args, kwargs)
             graph = _remember(self._graphs, key, lower(captured, self.config.axis))
         self._graphs.move_to_end(key)
-        training = torch.is_grad_enabled()
-        leaves = requires_grad_leaves(graph.graph, self.module, inputs) if training else frozenset()
-        plan_key = (key, leaves, training)
-        chosen = self._plans.get(plan_key)
-        if chosen is None:
-            device = next((leaf.device for leaf in inputs if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
-            if self.given is not None:
-                found = self.given.of(graph, leaves, training and bool(leaves), Machine.of(device))
-            else:
-                found = choose_plan(graph, leaves, training and bool(leaves), self.config, device)
-            chosen = _remember(self._plans, plan_key, found)
-        self._plans.move_to_end(plan_key)
-        return chosen, inputs
+        return inputs, key, graph
+
+    def situation(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[RowGraph, frozenset[int], bool, torch.device]:
+        """What a plan for a training call is made from: graph, values with a gradient, whether any, device."""
+        inputs, _, graph = self._captured(args, kwargs)
+        leaves = requires_grad_leaves(graph.graph, self.module, inputs)
+        return graph, leaves, bool(leaves), _device(inputs)
 
     def _without_rows(self, error: CaptureError, args: Any, kwargs: Any) -> Any:
         """A module that cannot be captured: what the configuration asks for."""
@@ -146,6 +160,22 @@ def _remember(table: OrderedDict[Any, _V], key: Any, value: _V) -> _V:
     while len(table) > _CACHED:
         table.popitem(last=False)
     return value
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _settings(module: nn.Module) -> Iterator[Any]:
+    """What the code of a module may ask about itself: train or eval, a momentum, a probability that is scheduled."""
+    for name, value in module.__dict__.items():
+        if isinstance(value, _PLAIN):
+            yield name, value
+        elif isinstance(value, tuple) and all(isinstance(item, _PLAIN) for item in value):
+            yield name, value
+
+
+def _device(inputs: Iterable[Any]) -> torch.device:
+    return next((leaf.device for leaf in inputs if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
 
 
 def _metadata(leaf: Any) -> Any:
@@ -241,6 +271,25 @@ def plan(module: nn.Module, example: Any, **options: Any) -> Plan:
     on the ``meta`` device stand for inputs of any size and take no memory. Gradients are planned for as the module's
     parameters require them.
     """
+    with _rehearsal(module, example, options) as (executor, args, kwargs):
+        return executor.plan_for(args, kwargs)
+
+
+def frontier(module: nn.Module, example: Any, **options: Any) -> Frontier:
+    """Activation memory against extra work for ``module(example)``: the plans worth having, without running anything.
+
+    Takes what `plan` takes; numbers that are given (``rows``, ``segments``, ``mode``) are not varied.
+    """
+    with _rehearsal(module, example, options) as (executor, args, kwargs):
+        graph, leaves, training, device = executor.situation(args, kwargs)
+        return find_frontier(graph, leaves, training, executor.config, device)
+
+
+@contextlib.contextmanager
+def _rehearsal(
+    module: nn.Module, example: Any, options: dict[str, Any]
+) -> Iterator[tuple[RowwiseForward, tuple[Any, ...], dict[str, Any]]]:
+    """A forward and its arguments as fake tensors, which have shapes and no bytes."""
     config = RowConfig.from_options(**options)
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
@@ -268,7 +317,7 @@ def plan(module: nn.Module, example: Any, **options: Any) -> Plan:
         executor.previous = previous
         try:
             with torch.enable_grad():
-                return executor.plan_for(args, kwargs)
+                yield executor, args, kwargs
         except RowwiseError as error:
             raise type(error)(f"{executor._where()}: {error}") from error
 

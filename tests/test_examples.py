@@ -185,7 +185,7 @@ def test_template_with_the_group_of_the_search_path(template: Any) -> None:
 
 
 def test_template_with_an_experiment(template: Any) -> None:
-    budget = 256 * 1024
+    budget = 2 * 1024**2
     strategy = template("experiment=large", "data.size=64", f"strategy.memory_budget={budget}").strategy
     plan = strategy.plans["net"]
     assert plan.peak_bytes <= budget < plan.plain_peak_bytes

@@ -270,3 +270,21 @@ def test_a_failing_step_leaves_no_trace() -> None:
     with pytest.raises(Exception, match=r"channels|size"):
         net(torch.randn(2, 5, 16, 12))
     assert net(IMAGES).shape == (2, 2, 16, 12)
+
+
+def test_settings_of_submodules_that_change_are_seen() -> None:
+    """A graph was cached by shapes and train or eval alone, so a scheduled dropout, or statistics switched on again
+    (`BaseFinetuning.freeze(train_bn=False)` and unfreezing), ran the old graph without a word.
+    """
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5))
+    plain = copy.deepcopy(net)
+    rowwise(net, mode="two_phase", rows=4)
+    x = torch.randn(2, 3, 12, 12)
+    for module in (plain, net):
+        module[1].track_running_stats = False
+        module(x)
+        module[1].track_running_stats = True
+        module[3].p = 0.0
+    assert torch.allclose(net(x), plain(x), atol=1e-5)
+    assert net[1].num_batches_tracked == plain[1].num_batches_tracked == 1
+    assert torch.allclose(net[1].running_mean, plain[1].running_mean, atol=1e-6)

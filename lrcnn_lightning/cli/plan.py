@@ -1,11 +1,13 @@
 """``lrcnn-plan``: print the plan for a network and an image size, without training and without the memory.
 
 lrcnn-plan model=vgg16 data.size=4096 strategy.memory_budget=2GiB
+lrcnn-plan model=resnet50 data.size=1024 frontier=true
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
@@ -22,7 +24,7 @@ __all__ = ["main"]
 
 @hydra.main(version_base="1.3", config_path="pkg://lrcnn_lightning.conf", config_name="plan")
 def main(config: DictConfig) -> None:
-    """Print the plan; draw it, too, if ``plot`` names a file."""
+    """Print the plan; draw it, too, if ``plot`` names a file. With ``frontier=true``: memory against work."""
     with user_errors():
         options = strategy_options(config)
         shape = _shape(config)
@@ -30,12 +32,21 @@ def main(config: DictConfig) -> None:
         with torch.device("meta"):
             model: nn.Module = build(config.model)
             example = torch.empty(shape)
+        if config.frontier:
+            frontier = lrcnn_lightning.frontier(model.train(), example, **options)
+            print(frontier)
+            _draw(frontier, config.plot or "frontier.png")
+            return
         plan = lrcnn_lightning.plan(model.train(), example, **options)
         print(plan)
         if config.plot is not None:
-            path = Path(HydraConfig.get().runtime.output_dir) / config.plot
-            plan.plot(path)
-            print(f"picture: {path}")
+            _draw(plan, config.plot)
+
+
+def _draw(subject: Any, name: str) -> None:
+    path = Path(HydraConfig.get().runtime.output_dir) / name
+    subject.plot(path)
+    print(f"picture: {path}")
 
 
 def _shape(config: DictConfig) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ from lrcnn_lightning.plan.program import (
 )
 from lrcnn_lightning.rules import Role, RowGraph, RowRule
 
-__all__ = ["CPU", "Cost", "Machine", "Memory", "plain_cost", "program_cost"]
+__all__ = ["CPU", "Cost", "Machine", "Memory", "PeakMemory", "plain_cost", "program_cost"]
 
 aten = torch.ops.aten
 
@@ -55,8 +55,11 @@ class Machine:
 
     @staticmethod
     def of(device: torch.device) -> Machine:
-        """The nominal machine of a device: on a GPU all memory is equally near, and a call costs relatively more."""
-        if device.type == "cpu":
+        """The nominal machine of a device: on a GPU all memory is equally near, and a call costs relatively more.
+
+        Planning on the ``meta`` device is for the GPU, if there is one.
+        """
+        if device.type == "cpu" or (device.type == "meta" and not torch.cuda.is_available()):
             return CPU
         return Machine(40e12, 2e12, 2e12, float("inf"), 2e12, 8e-6, 60e-6)
 
@@ -121,6 +124,20 @@ class Memory:
 
     def __contains__(self, key: tuple[Any, ...]) -> bool:
         return key in self._families.get(key[0], {})
+
+
+class PeakMemory(Memory):
+    """Also remembers what is live at the peak: key -> bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at_peak: dict[tuple[Any, ...], int] = {}
+
+    def allocate(self, key: tuple[Any, ...], size: float) -> None:
+        before = self.peak
+        super().allocate(key, size)
+        if self.peak > before:
+            self.at_peak = {key: size for family in self._families.values() for key, size in family.items()}
 
 
 # What autograd saves, by operation: inputs, the result, both, or neither. Anything else: the inputs.
@@ -547,9 +564,11 @@ def program_cost(
     differentiable: Collection[int],
     last_reader: dict[int, int],
     machine: Machine = CPU,
+    memory: Memory | None = None,
 ) -> Cost:
-    """The cost of one step of a program."""
+    """The cost of one step of a program; ``memory`` may be one that remembers more."""
     simulation = _Simulation(graph, differentiable, machine)
+    simulation.memory = memory or simulation.memory
     memory = simulation.memory
     peaks: dict[int, int] = {}  # peak so far -> the segment that was run when it was reached
     for number, segment in enumerate(segments):

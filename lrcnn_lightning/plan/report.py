@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrcnn_lightning.config import format_size
 from lrcnn_lightning.errors import PlanError
+from lrcnn_lightning.plan.cost import PeakMemory, program_cost
 from lrcnn_lightning.plan.keeping import KEEPINGS, Keeping
 from lrcnn_lightning.plan.loop import Loop
 from lrcnn_lightning.plan.program import RunRows, SegmentProgram
@@ -16,7 +17,7 @@ from lrcnn_lightning.rules import RowGraph
 if TYPE_CHECKING:
     from lrcnn_lightning.plan.plan import Choices, Plan
 
-__all__ = ["as_data", "choices_of", "report"]
+__all__ = ["as_data", "choices_of", "held_at_peak", "report"]
 
 _POLICY = {
     "two_phase": "halos carried (two-phase sharing, 2PS)",
@@ -74,6 +75,27 @@ def _carried_bytes(graph: RowGraph, loop: Loop) -> int:
                 for value in graph.nodes[position].outputs:
                     total += graph.values[value].bytes * (span.new - span.lo) / graph.height(value)
     return int(total)
+
+
+def held_at_peak(plan: Plan) -> str:
+    """What makes the predicted peak: the largest maps by name, and everything else by kind, with their bytes."""
+    memory = PeakMemory()
+    program_cost(plan.graph, plan.segments, plan.differentiable, plan.last_reader, plan.machine, memory)
+    named: dict[str, int] = {}
+    for key, size in memory.at_peak.items():
+        if key[0] in ("map", "gradient"):
+            node = plan.graph.nodes[plan.graph.producer[key[1]]] if key[1] in plan.graph.producer else None
+            where = f" of {node.module}" if node is not None and node.module else ""
+            kind = "gradient of " if key[0] == "gradient" else ""
+            text = f"{kind}{plan.graph.values[key[1]].name}{where}"
+        else:
+            text = "carries between rows" if key[0] in ("keep", "carry", "handed") else "slabs of one row"
+        named[text] = named.get(text, 0) + size
+    largest = sorted(named.items(), key=lambda item: -item[1])
+    shown = [f"{text} {format_size(size)}" for text, size in largest[:5]]
+    if len(largest) > 5:
+        shown.append(f"others {format_size(sum(size for _, size in largest[5:]))}")
+    return ", ".join(shown)
 
 
 def as_data(plan: Plan) -> dict[str, Any]:

@@ -18,17 +18,20 @@ import torch
 from lrcnn_lightning.config import RowConfig, format_size
 from lrcnn_lightning.errors import ConfigError, PlanError
 from lrcnn_lightning.plan.cost import Machine
-from lrcnn_lightning.plan.keeping import Keeping
+from lrcnn_lightning.plan.keeping import KEEPINGS, Keeping
 from lrcnn_lightning.plan.plan import Choices, Part, Plan, build_plan, plain_plan
+from lrcnn_lightning.plan.report import held_at_peak
 from lrcnn_lightning.plan.segments import cut_points
 from lrcnn_lightning.rules import Role, RowGraph
 
-__all__ = ["choose_plan", "free_bytes"]
+__all__ = ["choose_plan", "free_bytes", "search_plans"]
 
 _ROWS = (2, 4, 8, 16, 32)
 _SEGMENTS = (1, 2, 3, 4, 6, 8, 12, 16)
 _SHARE_OF_FREE = 0.8
 _MOST_ROWS = 64
+_SMALL = 250
+"""Nodes of a graph for which a whole grid of plans is tried in seconds."""
 _REFINEMENTS = 48
 _REFINED_NODES = 9_000
 """Plans that are tried at most when the best one is refined, and nodes that these have together."""
@@ -57,20 +60,39 @@ def choose_plan(
         plain = plain_plan(graph, leaves, training, Machine.of(device))
         if plain.peak_bytes <= budget:
             return plain
-    search = _Search(graph, leaves, training, budget, config.max_overhead, Machine.of(device))
-    for options in _stages(graph, config, height, training):
-        search.vary(options)
-    search.refine(_Moves(graph, config, search.best))
-    best = search.best
-    assert best is not None
+    best = search_plans(graph, leaves, training, config, Machine.of(device), budget, config.max_overhead)
     if budget is not None and best.peak_bytes > budget:
         raise PlanError(
             f"no plan fits memory_budget={format_size(budget)}: the least peak of activation memory that was found is "
             f"{format_size(best.peak_bytes)} ({best.choices.rows} rows, {best.choices.segments} segments); plain "
-            f"PyTorch would take {format_size(best.plain_peak_bytes)}. What helps: a smaller batch or image, half "
-            "precision, freezing the first layers, or a larger budget"
+            f"PyTorch would take {format_size(best.plain_peak_bytes)}. At that peak live: "
+            f"{held_at_peak(best)}. What helps: a smaller batch or image, half precision, freezing the first layers, or a larger budget"
         )
     return best
+
+
+def search_plans(
+    graph: RowGraph,
+    leaves: Collection[int],
+    training: bool,
+    config: RowConfig,
+    machine: Machine,
+    budget: int | None,
+    max_overhead: float,
+    tried: dict[Choices, tuple[int, float]] | None = None,
+) -> Plan:
+    """The best plan that is found; ``tried`` takes the peak (bytes) and the work (seconds) of every one tried."""
+    height = max((graph.height(value.index) for value in graph.graph.inputs), default=0)
+    search = _Search(graph, leaves, training, budget, max_overhead, machine)
+    for options in _stages(graph, config, height, training):
+        search.vary(options)
+    if budget is not None:
+        search.vary(_grid(graph, config, height, training))
+    search.refine(_Moves(graph, config, search.best))
+    assert search.best is not None
+    if tried is not None:
+        tried.update(search.tried)
+    return search.best
 
 
 class _Search:
@@ -88,7 +110,7 @@ class _Search:
         self.machine = machine
         self.graph, self.leaves, self.training = graph, leaves, training
         self.budget, self.max_overhead = budget, max_overhead
-        self.tried: dict[Choices, int] = {}
+        self.tried: dict[Choices, tuple[int, float]] = {}
         self.best: Plan | None = None
 
     def refine(self, moves: _Moves) -> None:
@@ -111,7 +133,7 @@ class _Search:
     def _try(self, choices: Choices) -> bool:
         """Build and price a plan; whether it is the best one so far."""
         plan = build_plan(self.graph, self.leaves, self.training, choices, self.machine)
-        self.tried[choices] = plan.cost.peak_bytes
+        self.tried[choices] = plan.cost.peak_bytes, plan.cost.seconds
         better = self.best is None or self._rank(plan) < self._rank(self.best)
         if better:
             self.best = plan
@@ -209,11 +231,28 @@ def _stages(graph: RowGraph, config: RowConfig, height: int, training: bool) -> 
         "segments": segments[::2] if len(segments) > 2 else segments,
         "keeping": keepings,
     }
-    yield {"rows": rows, "batch_chunks": chunks}
+    yield {"rows": [1, *rows] if config.rows == "auto" else rows, "batch_chunks": chunks}
     yield {"segments": segments}
     if config.mode == "auto":
         yield {"mode": ["two_phase", "overlap"]}
     yield {"rows": rows}
+
+
+def _grid(graph: RowGraph, config: RowConfig, height: int, training: bool) -> dict[str, Sequence[Any]]:
+    """For the fastest plan that fits, plans of every kind: with few rows, and with much or little kept.
+
+    Of a large graph fewer, so that planning takes seconds.
+    """
+    fine = len(graph.nodes) <= _SMALL
+    rows = (
+        [r for r in ((1, 2, 4, 8, 16) if fine else (1, 4)) if r <= height] if config.rows == "auto" else [config.rows]
+    )
+    segments = list((1, 2, 3, 4, 6, 8) if fine else (2, 4, 8)) if config.segments == "auto" else [config.segments]
+    barriers = training and any(role is Role.REDUCE for role in graph.roles)
+    keepings = list(KEEPINGS) if barriers else ["borders"]
+    modes = ["two_phase", "overlap"] if config.mode == "auto" and fine else [config.mode]
+    modes = ["two_phase"] if modes == ["auto"] else modes
+    return {"mode": modes, "rows": rows, "segments": segments if training else [1], "keeping": keepings}
 
 
 def free_bytes(device: torch.device) -> int:

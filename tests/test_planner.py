@@ -1,0 +1,151 @@
+"""The planner: what it predicts is what is measured, and what it chooses is as good as any of a grid of plans."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lrcnn_lightning
+from lrcnn_lightning import PlanError
+from lrcnn_lightning.config import RowConfig
+from lrcnn_lightning.models import resnet50, unet, vgg16
+from lrcnn_lightning.monitor import measure_fake
+from lrcnn_lightning.plan.keeping import KEEPINGS
+from lrcnn_lightning.plan.plan import Choices, Plan, build_plan
+from lrcnn_lightning.plan.search import choose_plan
+from lrcnn_lightning.rules import RowGraph
+from tests.oracle import requires_grad_leaves, row_graph
+
+CPU = torch.device("cpu")
+
+
+def zoo() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+    """Networks of other authors, and this project's, at sizes where maps outweigh weights."""
+    nets = pytest.importorskip("monai.networks.nets")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {
+            "vgg16": (vgg16(width=0.25), (1, 3, 192, 192)),
+            "resnet50": (resnet50(width=0.25), (2, 3, 160, 160)),
+            "unet": (unet(base_channels=8), (1, 3, 160, 160)),
+            "UNet": (nets.UNet(2, 1, 2, (16, 32, 32), (2, 2), num_res_units=2), (1, 1, 192, 160)),
+            "UNet 3d": (nets.UNet(3, 1, 2, (8, 16), (2,), num_res_units=2, norm="BATCH"), (1, 1, 48, 32, 32)),
+            "BasicUNet": (nets.BasicUNet(2, 1, 2, (8, 8, 16, 16, 32, 8)), (1, 1, 160, 160)),
+            "DynUNet": (nets.DynUNet(2, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2], [8, 16, 16]), (1, 1, 160, 160)),
+            "SegResNet": (nets.SegResNet(2, 8, 1, 2), (1, 1, 128, 128)),
+            "VNet": (nets.VNet(2, 1, 2), (1, 1, 64, 64)),
+            "AttentionUnet": (nets.AttentionUnet(2, 1, 2, (8, 16, 16), (2, 2)), (1, 1, 160, 128)),
+            "DenseNet": (nets.DenseNet(2, 1, 2, 16, 8, (2, 3), 2), (1, 1, 160, 160)),
+            "HighResNet": (nets.HighResNet(2, 1, 2), (1, 1, 96, 96)),
+        }
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"mode": "two_phase", "rows": 4, "segments": 1},
+    {"mode": "overlap", "rows": 3, "segments": 3},
+    {"mode": "two_phase", "rows": 8, "segments": 4},
+    {"memory_budget": None},
+]
+
+
+def test_predicted_and_measured_peaks_agree() -> None:
+    errors = {}
+    for name, (module, shape) in zoo().items():
+        image = torch.empty(shape, device="meta")
+        plain = measure_fake(lrcnn_lightning.restore(module), image).peak_bytes
+        errors[name, "plain"] = lrcnn_lightning.plan(module, image, rows=2).plain_peak_bytes / plain - 1
+        for options in OPTIONS:
+            lrcnn_lightning.rowwise(module, **options)
+            measured = measure_fake(module, image).peak_bytes
+            plan = module.__dict__["forward"].training_plan
+            errors[name, str(options)] = plan.peak_bytes / measured - 1
+    table = "\n".join(f"{100 * error:+6.1f} %  {case}" for case, error in sorted(errors.items(), key=lambda i: i[1]))
+    median = statistics.median(abs(error) for error in errors.values())
+    worst = max(abs(error) for error in errors.values())
+    assert median <= 0.10 and worst <= 0.15, f"median {median:.1%}, worst {worst:.1%}\n{table}"
+
+
+def situation(module: nn.Module, shape: tuple[int, ...]) -> tuple[RowGraph, frozenset[int]]:
+    x = torch.randn(shape)
+    graph = row_graph(module, [x], "auto")
+    return graph, requires_grad_leaves(graph.graph, module, [x])
+
+
+def grid(graph: RowGraph, leaves: frozenset[int]) -> list[Plan]:
+    table = itertools.product(("two_phase", "overlap"), (1, 2, 4, 8), (1, 2, 4, 8), KEEPINGS)
+    return [build_plan(graph, leaves, True, Choices(mode, r, s, 1, keep)) for mode, r, s, keep in table]
+
+
+@pytest.mark.parametrize(
+    "name", ["vgg16", "resnet50", "unet", "UNet", "BasicUNet", "DynUNet", "AttentionUnet", "DenseNet"]
+)
+def test_no_plan_of_a_grid_is_better(name: str) -> None:
+    graph, leaves = situation(*zoo()[name])
+    plans = grid(graph, leaves)
+    least = min((plan for plan in plans if plan.overhead <= 0.35), key=lambda plan: plan.peak_bytes, default=None)
+    chosen = choose_plan(graph, leaves, True, RowConfig(memory_budget=None), CPU)
+    if least is not None:
+        assert chosen.overhead <= 0.35
+        assert chosen.peak_bytes <= least.peak_bytes, (chosen.explicit, least.choices)
+    for share in (0.75, 0.5, 0.35):
+        budget = int(chosen.plain_peak_bytes * share)
+        fitting = [plan for plan in plans if plan.peak_bytes <= budget]
+        if fitting:
+            fastest = min(plan.cost.seconds for plan in fitting)
+            ours = choose_plan(graph, leaves, True, RowConfig(memory_budget=budget), CPU)
+            assert ours.peak_bytes <= budget
+            assert ours.cost.seconds <= fastest * 1.0001, (share, ours.explicit, fastest)
+
+
+class Deep(nn.Module):
+    """A thousand operations: residual blocks of BatchNorm networks."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(blocks)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def test_a_thousand_operations_are_planned_in_seconds() -> None:
+    graph, leaves = situation(Deep(140), (1, 3, 64, 64))
+    assert len(graph.nodes) >= 900
+    start = time.process_time()
+    plan = choose_plan(graph, leaves, True, RowConfig(memory_budget=None), CPU)
+    seconds = time.process_time() - start
+    assert plan.peak_bytes < plan.plain_peak_bytes / 2
+    assert seconds < 60, f"{seconds:.0f} s"
+
+
+def test_the_frontier_is_monotone() -> None:
+    module, shape = zoo()["unet"]
+    frontier = lrcnn_lightning.frontier(module, torch.empty(shape, device="meta"))
+    points = frontier.points
+    assert len(points) >= 3 and frontier.checkpointing
+    for less, more in itertools.pairwise(points):
+        assert less.peak_bytes < more.peak_bytes and less.overhead > more.overhead
+    assert points[0].peak_bytes < min(point.peak_bytes for point in frontier.checkpointing)
+    assert frontier.to_dict()["plain"]["peak_bytes"] == frontier.plain.peak_bytes
+    assert "checkpointing" in str(frontier)
+
+
+def test_a_budget_that_nothing_fits_says_what_is_in_the_way() -> None:
+    module, shape = zoo()["resnet50"]
+    with pytest.raises(
+        PlanError, match=r"least peak .* was found is .*At that peak live: \w+.* of layer\d.*What helps"
+    ):
+        lrcnn_lightning.plan(module, torch.empty(shape, device="meta"), memory_budget="100KiB")
