@@ -168,9 +168,8 @@ _PLAIN = (bool, int, float, str, type(None))
 def _settings(module: nn.Module) -> Iterator[Any]:
     """What the code of a module may ask about itself: train or eval, a momentum, a probability that is scheduled."""
     for name, value in module.__dict__.items():
-        if isinstance(value, _PLAIN):
-            yield name, value
-        elif isinstance(value, tuple) and all(isinstance(item, _PLAIN) for item in value):
+        items = value if isinstance(value, tuple) else (value,)
+        if all(isinstance(item, _PLAIN) for item in items):
             yield name, value
 
 

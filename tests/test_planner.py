@@ -6,6 +6,7 @@ import itertools
 import statistics
 import time
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ def zoo() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
             "resnet50": (resnet50(width=0.25), (2, 3, 160, 160)),
             "unet": (unet(base_channels=8), (1, 3, 160, 160)),
             "UNet": (nets.UNet(2, 1, 2, (16, 32, 32), (2, 2), num_res_units=2), (1, 1, 192, 160)),
-            "UNet 3d": (nets.UNet(3, 1, 2, (8, 16), (2,), num_res_units=2, norm="BATCH"), (1, 1, 48, 32, 32)),
+            "UNet3d": (nets.UNet(3, 1, 2, (8, 16), (2,), num_res_units=2, norm="BATCH"), (1, 1, 48, 32, 32)),
             "BasicUNet": (nets.BasicUNet(2, 1, 2, (8, 8, 16, 16, 32, 8)), (1, 1, 160, 160)),
             "DynUNet": (nets.DynUNet(2, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2], [8, 16, 16]), (1, 1, 160, 160)),
             "SegResNet": (nets.SegResNet(2, 8, 1, 2), (1, 1, 128, 128)),
@@ -55,21 +56,28 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def test_predicted_and_measured_peaks_agree() -> None:
+def quick(names: Sequence[str]) -> list[Any]:
+    """All networks, those that are not named marked slow."""
+    everything = ["vgg16", "resnet50", "unet", "UNet", "UNet3d", "BasicUNet", "DynUNet", "SegResNet", "VNet"]
+    everything += ["AttentionUnet", "DenseNet", "HighResNet"]
+    return [pytest.param(name, marks=[] if name in names else [pytest.mark.slow]) for name in everything]
+
+
+@pytest.mark.parametrize("name", quick(["vgg16", "UNet", "UNet3d", "DynUNet", "AttentionUnet", "DenseNet"]))
+def test_predicted_and_measured_peaks_agree(name: str) -> None:
+    module, shape = zoo()[name]
+    image = torch.empty(shape, device="meta")
+    plain = measure_fake(module, image).peak_bytes
+    predicted = lrcnn_lightning.plan(module, image, rows=2).plain_peak_bytes
+    assert abs(predicted / plain - 1) <= 0.20, f"plain PyTorch: {predicted} predicted, {plain} measured"
     errors = {}
-    for name, (module, shape) in zoo().items():
-        image = torch.empty(shape, device="meta")
-        plain = measure_fake(lrcnn_lightning.restore(module), image).peak_bytes
-        errors[name, "plain"] = lrcnn_lightning.plan(module, image, rows=2).plain_peak_bytes / plain - 1
-        for options in OPTIONS:
-            lrcnn_lightning.rowwise(module, **options)
-            measured = measure_fake(module, image).peak_bytes
-            plan = module.__dict__["forward"].training_plan
-            errors[name, str(options)] = plan.peak_bytes / measured - 1
-    table = "\n".join(f"{100 * error:+6.1f} %  {case}" for case, error in sorted(errors.items(), key=lambda i: i[1]))
-    median = statistics.median(abs(error) for error in errors.values())
-    worst = max(abs(error) for error in errors.values())
-    assert median <= 0.10 and worst <= 0.15, f"median {median:.1%}, worst {worst:.1%}\n{table}"
+    for options in OPTIONS:
+        lrcnn_lightning.rowwise(module, **options)
+        measured = measure_fake(module, image).peak_bytes
+        errors[str(options)] = module.__dict__["forward"].training_plan.peak_bytes / measured - 1
+    table = "\n".join(f"{100 * error:+6.1f} %  {case}" for case, error in errors.items())
+    assert statistics.median(map(abs, errors.values())) <= 0.10, table
+    assert max(map(abs, errors.values())) <= 0.15, table
 
 
 def situation(module: nn.Module, shape: tuple[int, ...]) -> tuple[RowGraph, frozenset[int]]:
@@ -83,9 +91,7 @@ def grid(graph: RowGraph, leaves: frozenset[int]) -> list[Plan]:
     return [build_plan(graph, leaves, True, Choices(mode, r, s, 1, keep)) for mode, r, s, keep in table]
 
 
-@pytest.mark.parametrize(
-    "name", ["vgg16", "resnet50", "unet", "UNet", "BasicUNet", "DynUNet", "AttentionUnet", "DenseNet"]
-)
+@pytest.mark.parametrize("name", quick(["vgg16", "DynUNet", "DenseNet"]))
 def test_no_plan_of_a_grid_is_better(name: str) -> None:
     graph, leaves = situation(*zoo()[name])
     plans = grid(graph, leaves)

@@ -278,7 +278,7 @@ def test_settings_of_submodules_that_change_are_seen() -> None:
     """
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5))
     plain = copy.deepcopy(net)
-    rowwise(net, mode="two_phase", rows=4)
+    lrcnn_lightning.rowwise(net, mode="two_phase", rows=4)
     x = torch.randn(2, 3, 12, 12)
     for module in (plain, net):
         module[1].track_running_stats = False

@@ -217,4 +217,4 @@ def _functional(node: Node) -> Node:
     overload = None if packet is None else getattr(packet, node.op._overloadname, None)
     if overload is None:
         raise CaptureError(f"{node.op} at {node.module or 'the top'} has no functional form")
-    return replace(node, op=overload)
+    return replace(node, op=overload, in_place=True)

@@ -98,6 +98,8 @@ class Node:
     outputs: tuple[int, ...] = ()
     module: str = ""
     context: Context = Context()
+    in_place: bool = False
+    """Whether the module's code wrote the result over the first argument; here it is a value of its own."""
 
     @cached_property
     def inputs(self) -> tuple[int, ...]:

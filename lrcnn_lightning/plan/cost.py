@@ -596,6 +596,17 @@ def program_cost(
     return Cost(memory.peak, simulation.seconds, tuple(memory.timeline), peaks.get(memory.peak, 0))
 
 
+def _shared_memory(graph: RowGraph, positions: Sequence[int]) -> list[int]:
+    """For each value the one whose memory it is, in plain execution: views and results of in-place operations share."""
+    memory_of = list(range(len(graph.values)))
+    for position in positions:
+        node = graph.nodes[position]
+        if (node.in_place or node.op in _VIEWS) and node.inputs and node.inputs[0] in graph.producer:
+            for output in node.outputs:
+                memory_of[output] = memory_of[node.inputs[0]]
+    return memory_of
+
+
 def plain_cost(graph: RowGraph, differentiable: Collection[int], machine: Machine = CPU) -> Cost:
     """The cost of one step of plain, column-centric execution: what autograd saves stays until it is used."""
     model = _Model(graph, machine, machine.seconds_a_call)
@@ -603,18 +614,23 @@ def plain_cost(graph: RowGraph, differentiable: Collection[int], machine: Machin
     seconds = 0.0
     holders: dict[int, int] = {}
     saved_by: dict[int, list[int]] = {}
-    returned = set(graph.graph.output_values())
-    waiting = {value: len(readers) for value, readers in graph.readers.items()}
     rest = [p for p in range(len(graph.nodes)) if graph.roles[p] is not Role.PROLOGUE]
+    memory_of = _shared_memory(graph, rest)
+    returned = {memory_of[value] for value in graph.graph.output_values()}
+    waiting: dict[int, int] = {}
+    for value, readers in graph.readers.items():
+        waiting[memory_of[value]] = waiting.get(memory_of[value], 0) + len(readers)
     for position in rest:
         node = graph.nodes[position]
         for value in node.outputs:
-            memory.allocate(("map", value), 0 if node.op in _VIEWS else graph.values[value].bytes)
+            if memory_of[value] == value:
+                memory.allocate(("map", value), graph.values[value].bytes)
         seconds += model.seconds(position, 1.0)
         if any(o in differentiable for o in node.outputs):
             inputs, result = model.saved(position)
             saved = [i for i in node.inputs if i in graph.producer] if inputs else []
             saved += list(node.outputs) if result else []
+            saved = [memory_of[value] for value in saved]
             saved_by[position] = saved
             for value in saved:
                 holders[value] = holders.get(value, 0) + 1
@@ -622,9 +638,9 @@ def plain_cost(graph: RowGraph, differentiable: Collection[int], machine: Machin
             extra = model.extra_saved(position, graph.height(node.outputs[0]) or 1, samples)
             if extra:
                 memory.allocate(("extra", position), extra)
-        for value in (*node.inputs, *node.outputs):
-            if value in node.inputs:
-                waiting[value] -= 1
+        for value in node.inputs:
+            waiting[memory_of[value]] -= 1
+        for value in {memory_of[value] for value in (*node.inputs, *node.outputs)}:
             if not waiting[value] and not holders.get(value) and value not in returned:
                 memory.free(("map", value))
     for value in returned:

@@ -66,7 +66,8 @@ def choose_plan(
             f"no plan fits memory_budget={format_size(budget)}: the least peak of activation memory that was found is "
             f"{format_size(best.peak_bytes)} ({best.choices.rows} rows, {best.choices.segments} segments); plain "
             f"PyTorch would take {format_size(best.plain_peak_bytes)}. At that peak live: "
-            f"{held_at_peak(best)}. What helps: a smaller batch or image, half precision, freezing the first layers, or a larger budget"
+            f"{held_at_peak(best)}. What helps: a smaller batch or image, half precision, freezing the first layers, "
+            "or a larger budget"
         )
     return best
 
