@@ -43,11 +43,11 @@ class Case:
 
 
 CASES = {
-    "vgg16": Case(vgg16, (1, 3, 2048, 2048), {"mode": "two_phase"}),
-    "resnet50-frozen-bn": Case(lambda: _frozen_batch_norm(resnet50()), (1, 3, 1024, 1024), {"mode": "two_phase"}),
-    "resnet50": Case(resnet50, (1, 3, 1024, 1024), {"mode": "two_phase"}),
-    "unet": Case(unet, (1, 3, 1024, 1024), {"mode": "two_phase"}),
-    "resnet50-batch": Case(resnet50, (32, 3, 224, 224), {"mode": "two_phase"}),
+    "vgg16": Case(vgg16, (1, 3, 2048, 2048), {"memory_budget": None}),
+    "resnet50-frozen-bn": Case(lambda: _frozen_batch_norm(resnet50()), (1, 3, 1024, 1024), {"memory_budget": None}),
+    "resnet50": Case(resnet50, (1, 3, 1024, 1024), {"memory_budget": None}),
+    "unet": Case(unet, (1, 3, 1024, 1024), {"memory_budget": None}),
+    "resnet50-batch": Case(resnet50, (32, 3, 224, 224), {"memory_budget": None}),
 }
 
 
