@@ -50,7 +50,7 @@ class Machine:
     """From this size on a result is fresh memory."""
     fresh_bytes_a_second: float = 2.8e9
     seconds_a_call: float = 12e-6
-    seconds_a_slab: float = 80e-6
+    seconds_a_slab: float = 350e-6
     """Of a call on a slab, with the cutting, carrying and dropping around it."""
 
     @staticmethod

@@ -223,8 +223,9 @@ def _stages(graph: RowGraph, config: RowConfig, height: int, training: bool) -> 
     modes = [config.mode]
     if config.mode == "auto":
         modes = ["two_phase"]
-    middle = rows[len(rows) // 2]
     first_chunks = chunks[len(chunks) // 2]
+    # A batch is divided first, since that needs no halos; rows are then tried on top.
+    middle = 1 if first_chunks > 1 and config.rows == "auto" else rows[len(rows) // 2]
     yield {
         "mode": modes,
         "rows": [middle],
