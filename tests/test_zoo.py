@@ -207,9 +207,7 @@ OTHER_LIBRARIES = [
             "skresnet18",
             "ecaresnet26t",
             "res2net50_26w_4s",
-            "dla34",
             "dpn48b",
-            "hrnet_w18_small",
             "ghostnet_100",
             "lcnet_050",
             "mixnet_s",
@@ -230,6 +228,8 @@ OTHER_LIBRARIES = [
             "resnetblur50",
         ],
     ),
+    timm_net("dla34", (2, 3, 96, 64)),  # halves its map so often that each side must be a multiple of 32
+    timm_net("hrnet_w18_small", (2, 3, 96, 64)),
     smp_net("Unet"),
     smp_net("Unet", "mobilenet_v2", decoder_attention_type="scse"),
     smp_net("Unet", "efficientnet-b0"),
