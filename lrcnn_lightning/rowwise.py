@@ -21,8 +21,8 @@ from lrcnn_lightning.config import RowConfig, did_you_mean
 from lrcnn_lightning.engine.execute import execute, requires_grad_leaves
 from lrcnn_lightning.errors import CaptureError, ConfigError, RowwiseError
 from lrcnn_lightning.graph import capture, processes, take_apart
-from lrcnn_lightning.plan.cost import Machine
 from lrcnn_lightning.plan.frontier import Frontier, find_frontier
+from lrcnn_lightning.plan.machine import Machine
 from lrcnn_lightning.plan.plan import Plan
 from lrcnn_lightning.plan.saved import SavedPlan, load_plan
 from lrcnn_lightning.plan.search import choose_plan

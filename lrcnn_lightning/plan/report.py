@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from lrcnn_lightning.config import format_size
 from lrcnn_lightning.errors import PlanError
-from lrcnn_lightning.plan.cost import PeakMemory, program_cost
+from lrcnn_lightning.plan.cost import program_cost
 from lrcnn_lightning.plan.keeping import KEEPINGS, Keeping
 from lrcnn_lightning.plan.loop import Loop
+from lrcnn_lightning.plan.memory import PeakMemory
 from lrcnn_lightning.plan.program import RunRows, SegmentProgram
+from lrcnn_lightning.plan.residency import Residency
 from lrcnn_lightning.plan.schedule import instructions
 from lrcnn_lightning.rules import RowGraph
 
@@ -114,6 +116,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
             }
             for part in choices.parts
         ],
+        "exceptions": {graph.values[value].name: str(residency) for value, residency in choices.exceptions},
         "training": plan.training,
         "peak_bytes": plan.peak_bytes,
         "plain_peak_bytes": plan.plain_peak_bytes,
@@ -151,6 +154,23 @@ def choices_of(data: Mapping[str, Any], graph: RowGraph) -> Choices:
                 f"segment {number} of the plan: keeping {given['keeping']!r}; allowed are {', '.join(KEEPINGS)}"
             )
         parts.append(Part(positions[given["first"]], given["mode"], given["rows"], given["keeping"]))
+    values = {value.name: value.index for value in graph.values}
+    exceptions = []
+    for name, text in data.get("exceptions", {}).items():
+        if name not in values:
+            raise PlanError(f"exceptions of the plan: this module has no map {name!r} (see `plan.to_dict()`)")
+        try:
+            exceptions.append((values[name], Residency.parse(text)))
+        except ValueError as error:
+            raise PlanError(f"exceptions of the plan: {name!r} is {text!r}; {error}") from error
     keeping: Keeping = parts[0].keeping if parts else "lean"
     ordered = tuple(sorted(parts, key=lambda part: part.first))
-    return Choices(data["mode"], data["rows"], max(1, len(parts)), data["batch_chunks"], keeping, ordered)
+    return Choices(
+        data["mode"],
+        data["rows"],
+        max(1, len(parts)),
+        data["batch_chunks"],
+        keeping,
+        ordered,
+        tuple(sorted(exceptions)),
+    )
