@@ -274,7 +274,8 @@ class _SingleDevice(_Rowwise, SingleDeviceStrategy):
 
     strategy_name = "lrcnn"
 
-    def __init__(self, *, device: str | int | torch.device | None = None, **kwargs: Any) -> None:
+    def __init__(self, *given: Any, device: str | int | torch.device | None = None, **kwargs: Any) -> None:
+        _refuse_unnamed(type(self).__name__, given)
         super().__init__(**kwargs, device="cpu" if device is None else _indexed(torch.device(device)))
         self._device_is_given = device is not None
         self._arguments["device"] = device
@@ -339,8 +340,31 @@ class _Parallel(_Rowwise, DDPStrategy):
 
     strategy_name = "lrcnn_ddp"
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *given: Any, **kwargs: Any) -> None:
+        _refuse_unnamed(type(self).__name__, given)
         super().__init__(**kwargs)
+
+
+def _refuse_unnamed(kind: str, given: Sequence[Any]) -> None:
+    """Options have names: a ``TypeError`` would speak of a class that the user has never heard of."""
+    if not given:
+        return
+    name = next(
+        (option for option in ("mode", "rows") if _is_allowed(option, given[0])),
+        "device" if isinstance(given[0], torch.device) else "mode",
+    )
+    raise ConfigError(
+        f"{kind} takes options by name only (given without a name: {', '.join(map(repr, given))}; allowed: "
+        f"{', '.join(field.name for field in fields(RowConfig))}); write for example {kind}({name}={given[0]!r})"
+    )
+
+
+def _is_allowed(option: str, value: object) -> bool:
+    try:
+        RowConfig.from_options(**{option: value})
+    except ConfigError:
+        return False
+    return True
 
 
 def _indexed(device: torch.device) -> torch.device:

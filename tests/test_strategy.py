@@ -295,6 +295,13 @@ def test_a_wrong_option_is_refused() -> None:
         LRCNNStrategy(row=4)
     with pytest.raises(ConfigError, match=r"LRCNNDDPStrategy has no option 'find_unused_parameter'.*did you mean"):
         LRCNNDDPStrategy(find_unused_parameter=True)
+    for kind, given, advice in (
+        (LRCNNStrategy, "two_phase", r"LRCNNStrategy\(mode='two_phase'\)"),
+        (LRCNNDDPStrategy, 4, r"LRCNNDDPStrategy\(rows=4\)"),
+        (LRCNNStrategy, torch.device("cpu"), r"LRCNNStrategy\(device=device\(type='cpu'\)\)"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^{kind.__name__} takes options by name only .*write .*{advice}$"):
+            kind(given)
     assert LRCNNDDPStrategy(find_unused_parameters=True, rows=2)._ddp_kwargs == {"find_unused_parameters": True}
 
 
