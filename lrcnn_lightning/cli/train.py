@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -53,7 +54,7 @@ def train(config: DictConfig) -> float | None:
         ConfigError: for an option that is not allowed.
     """
     # What is quick to refuse comes first: no network is made for a mistyped option.
-    strategy = build(config.strategy) or "auto"
+    strategy: Any = build(config.strategy) or "auto"
     by_rows = not isinstance(strategy, str)  # strategy=plain gives Lightning a name to choose by
     data: LightningDataModule = build(config.data)
     seed_everything(config.seed, workers=True, verbose=False)
