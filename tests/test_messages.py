@@ -93,17 +93,17 @@ def said(call: Any) -> list[str]:
 
 
 class Mixed(nn.Module):
-    """Sorts, which has no rule, and takes a softmax along the rows, whose rule does not hold there."""
+    """Normalises, which has no rule, and takes a softmax along the rows, whose rule does not hold there."""
 
     def forward(self, maps: Tensor) -> Tensor:
-        return maps.sort(2)[0].softmax(2)
+        return maps.renorm(2, 1, 1.0).softmax(2)
 
 
 def test_the_paragraph_says_what_runs_whole_and_why() -> None:
     module = nn.Sequential(network(), *(Mixed() for _ in range(5)))
     plan = lrcnn_lightning.plan(module, torch.empty(1, 3, 64, 64, device="meta"), mode="two_phase", rows=2)
     text = summary("net", module, plan)
-    assert "aten.sort.default at net.1, net.2, net.3 and 2 more (it has no row rule)" in text
+    assert "aten.renorm.default at net.1, net.2, net.3 and 2 more (it has no row rule)" in text
     assert "aten.softmax.int at net.1, net.2, net.3 and 2 more (its row rule does not hold for what arrives)" in text
 
 
