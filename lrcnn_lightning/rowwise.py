@@ -63,6 +63,8 @@ class RowwiseForward:
         self.notify = notify
         """Takes what the user should know, once each."""
         self._said: set[str] = set()
+        self.observe: Callable[[RowwiseForward, tuple[Any, ...], dict[str, Any]], None] | None = None
+        """Told of each call once its plan is known."""
         self.previous: Callable[..., Any] | None = module.__dict__.get("forward")
         self.plan: Plan | None = None
         """The plan of the latest call."""
@@ -79,7 +81,7 @@ class RowwiseForward:
         """Copies and pickles carry no plans: they are made again when needed."""
         state = self.__dict__.copy()
         state.update(plan=None, training_plan=None, _graphs=OrderedDict(), _plans=OrderedDict(), _unsupported=None)
-        state["notify"] = _warn
+        state.update(notify=_warn, observe=None)
         return state
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -97,6 +99,8 @@ class RowwiseForward:
         self.plan = chosen
         if chosen.training:
             self.training_plan = chosen
+        if self.observe is not None:
+            self.observe(self, args, kwargs)
         if chosen.mode == "plain":
             return self.original(*args, **kwargs)
         return execute(chosen, self.module, inputs)
@@ -466,6 +470,8 @@ class RowwiseSession:
     ) -> None:
         self.notify = notify
         self.root, self.config, self.given = root, config, dict(plans or {})
+        self.observer: Callable[[RowwiseForward, tuple[Any, ...], dict[str, Any]], None] | None = None
+        """Told of each call of a row-wise module, with its arguments."""
         names = config.modules
         self.automatic = names == "auto"
         chosen = select_modules(root, names)
@@ -486,7 +492,12 @@ class RowwiseSession:
     def _forward(self, name: str, module: nn.Module) -> RowwiseForward:
         forward = RowwiseForward(module, self.config, name, self._descend if self.automatic else None, self.notify)
         forward.given = self.given.get(name)
+        forward.observe = self._observe
         return forward
+
+    def _observe(self, forward: RowwiseForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.observer is not None:
+            self.observer(forward, args, kwargs)
 
     def _watched(self) -> Iterator[tuple[str, nn.Module]]:
         return ((name, forward.module) for name, forward in self.forwards.items())
