@@ -46,8 +46,9 @@ def _count(number: int, noun: str) -> str:
 
 
 def _whole(name: str, graph: RowGraph) -> Iterator[str]:
-    """The operations that run whole, each with its places and the reason."""
+    """The operations that run whole, each with its places, the size of its results, and the reason."""
     places: dict[tuple[str, str], list[str]] = {}
+    sizes: dict[tuple[str, str], int] = {}
     for node in graph.whole_nodes():
         if not any(graph.is_map(index) for index in node.inputs):
             reason = "what it reads has no rows"
@@ -55,11 +56,14 @@ def _whole(name: str, graph: RowGraph) -> Iterator[str]:
             reason = "it has no row rule"
         else:
             reason = "its row rule does not hold for what arrives"
-        places.setdefault((str(node.op), reason), []).append(path(name, node.module) or "the top")
+        key = (str(node.op), reason)
+        places.setdefault(key, []).append(path(name, node.module) or "the top")
+        sizes[key] = sizes.get(key, 0) + sum(graph.values[index].bytes for index in node.outputs)
     for (operation, reason), where in places.items():
         shown = list(dict.fromkeys(where))
         more = f" and {len(shown) - _PLACES} more" if len(shown) > _PLACES else ""
-        yield f"{operation} at {', '.join(shown[:_PLACES])}{more} ({reason})"
+        size = format_size(sizes[operation, reason])
+        yield f"{operation} at {', '.join(shown[:_PLACES])}{more} ({size}; {reason})"
 
 
 def inner_hooks(name: str, module: nn.Module, plan: Plan) -> Iterator[str]:

@@ -103,8 +103,11 @@ def test_the_paragraph_says_what_runs_whole_and_why() -> None:
     module = nn.Sequential(network(), *(Mixed() for _ in range(5)))
     plan = lrcnn_lightning.plan(module, torch.empty(1, 3, 64, 64, device="meta"), mode="two_phase", rows=2)
     text = summary("net", module, plan)
-    assert "aten.renorm.default at net.1, net.2, net.3 and 2 more (it has no row rule)" in text
-    assert "aten.softmax.int at net.1, net.2, net.3 and 2 more (its row rule does not hold for what arrives)" in text
+    assert "aten.renorm.default at net.1, net.2, net.3 and 2 more (7.66 KiB; it has no row rule)" in text
+    assert (
+        "aten.softmax.int at net.1, net.2, net.3 and 2 more (7.66 KiB; its row rule does not hold for what arrives)"
+        in text
+    )
 
 
 def test_the_paragraph_comes_at_the_first_step_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,12 +313,25 @@ def test_more_work_than_is_allowed_is_warned_of_with_figures(warned: list[str]) 
     assert "leave out mode='overlap' or rows=4" in message
     advised = float(message.rpartition("max_overhead=")[2])
     again = lrcnn_lightning.plan(network(), torch.empty(2, 3, 16, 16), mode="overlap", rows=4, max_overhead=advised)
-    assert not again.notes
+    assert "max_overhead" not in [note.option for note in again.notes]
 
 
 @pytest.mark.parametrize("options", [{"max_overhead": 1e9}, {"memory_budget": "1GiB"}])
 def test_work_that_is_allowed_is_not_warned_of(options: dict[str, Any]) -> None:
-    assert not lrcnn_lightning.plan(network(), IMAGES, mode="overlap", rows=4, **options).notes
+    notes = lrcnn_lightning.plan(network(), IMAGES, mode="overlap", rows=4, **options).notes
+    assert "max_overhead" not in [note.option for note in notes]
+
+
+def test_rows_that_save_nothing_are_warned_of() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1))  # its one map is its result
+    plan = lrcnn_lightning.plan(net, IMAGES, mode="overlap", rows=4, max_overhead=1e9)
+    assert plan.peak_bytes >= plan.plain_peak_bytes
+    assert f"rows save no memory here: activation peak {format_size(plan.peak_bytes)} predicted" in str(plan)
+    lrcnn_lightning.rowwise(net, mode="overlap", rows=4, max_overhead=1e9)
+    assert len(of(said(lambda: [net(IMAGES), net(IMAGES[:1])]), "rows save no memory here")) == 1
+    large = torch.empty(1, 3, 512, 512, device="meta")
+    saving = lrcnn_lightning.plan(network(), large, mode="two_phase", max_overhead=1e9)
+    assert saving.peak_bytes < saving.plain_peak_bytes and not saving.notes
 
 
 # ------------------------------------------------------------------------------------------------ the module's errors

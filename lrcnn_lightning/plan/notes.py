@@ -29,7 +29,9 @@ def notes(plan: Plan, config: RowConfig, budget: int | None) -> tuple[Note, ...]
     """In what a plan departs from the configuration; ``budget`` is in bytes."""
     if plan.mode == "plain":
         return ()
-    found = [_segments(plan, config), _batch_chunks(plan, config), _overhead(plan, config) if budget is None else None]
+    found = [_segments(plan, config), _batch_chunks(plan, config)]
+    if budget is None:
+        found.append(_overhead(plan, config) or _savings(plan))
     return tuple(note for note in found if note is not None)
 
 
@@ -75,6 +77,18 @@ def _overhead(plan: Plan, config: RowConfig) -> Note | None:
         f"{format_size(plan.plain_peak_bytes)}). What helps: {freer}a memory_budget, for the fastest plan that fits; "
         f"a larger image, of which rows cost less; or, if that time is acceptable, "
         f"max_overhead={_rounded_up(plan.overhead):g}",
+    )
+
+
+def _savings(plan: Plan) -> Note | None:
+    if not plan.training or plan.peak_bytes < plan.plain_peak_bytes:
+        return None
+    return Note(
+        "savings",
+        f"rows save no memory here: activation peak {format_size(plan.peak_bytes)} predicted, plain PyTorch "
+        f"{format_size(plan.plain_peak_bytes)}, with {100 * plan.overhead:+.0f} % extra work. What helps: a larger "
+        "max_overhead; a larger image or batch, of which rows save more; or to run this module plainly, by leaving it "
+        "out of `modules` or with mode='auto'",
     )
 
 
