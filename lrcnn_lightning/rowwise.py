@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lrcnn_lightning.config import RowConfig, did_you_mean
 from lrcnn_lightning.engine.execute import execute, requires_grad_leaves
 from lrcnn_lightning.errors import CaptureError, ConfigError, InputError, RowwiseError
-from lrcnn_lightning.graph import capture, own_error, processes, take_apart
+from lrcnn_lightning.graph import capture, own_error, processes, take_apart, under_autocast
 from lrcnn_lightning.messages import inner_hooks
 from lrcnn_lightning.outside import OutsideCalls
 from lrcnn_lightning.plan.cost import Machine
@@ -163,7 +163,7 @@ class RowwiseForward:
         """The leaves of the arguments, what the graph depends on, and the graph."""
         inputs, structure = take_apart((args, kwargs))
         state = tuple((type(child), *_settings(child, child is self.module)) for child in self.module.modules())
-        autocast = torch.is_autocast_enabled(_device(inputs).type)
+        autocast = under_autocast(_device(inputs))
         key = (structure, tuple(_metadata(leaf) for leaf in inputs), state, autocast, processes())
         graph = self._graphs.get(key)
         if graph is None:

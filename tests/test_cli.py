@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -210,6 +211,18 @@ def test_rowwise_run(
     printed = capsys.readouterr().out
     for words in ("plan in force: model", "row-wise", "plain PyTorch", "x less", "val/accuracy"):
         assert words in printed
+
+
+def test_activation_memory_is_logged_and_drawn_on_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    overrides = ("strategy=two_phase", "strategy.rows=2", "callbacks=memory", "logger=csv", "measure_steps=0")
+    in_process(monkeypatch, tmp_path, *QUICK, *overrides)
+    assert (tmp_path / "output" / "activation_memory.png").stat().st_size > 10_000
+    (line,) = [
+        row
+        for row in csv.DictReader((tmp_path / "output" / "csv" / "version_0" / "metrics.csv").open())
+        if row["activation_memory_peak"]
+    ]
+    assert float(line["activation_memory_predicted"]) == pytest.approx(float(line["activation_memory_peak"]), rel=0.5)
 
 
 def test_rowwise_run_learns_what_plain_training_learns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

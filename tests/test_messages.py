@@ -362,6 +362,17 @@ def test_an_input_that_the_module_does_not_take_gets_its_own_error(given: Tensor
         lrcnn_lightning.plan(network(), given)
 
 
+def test_its_own_error_under_inference_mode_and_on_the_meta_device() -> None:
+    given = WRONG_INPUTS["channels"]
+    net = lrcnn_lightning.rowwise(network(), mode="two_phase")
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="to have 3 channels, but got 5 channels instead"):
+        net(given.clone())
+    with torch.device("meta"), pytest.raises(InputError, match="but got 5 channels"):
+        lrcnn_lightning.plan(network(), torch.empty(given.shape))
+    with torch.device("meta"):
+        assert lrcnn_lightning.plan(network(), torch.empty(1, 3, 64, 64), mode="overlap", rows=2).rows == 2
+
+
 def test_in_a_strategy_the_parts_of_a_module_are_not_tried_one_by_one(warned: list[str]) -> None:
     strategy = LRCNNStrategy()
     loader = DataLoader(TensorDataset(torch.randn(2, 5, 16, 16)))

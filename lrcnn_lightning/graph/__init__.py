@@ -3,7 +3,7 @@
 The graph is plain data.  It can be printed and tested without a plan or an engine.
 """
 
-from lrcnn_lightning.graph.capture import CUMULATIVE, capture
+from lrcnn_lightning.graph.capture import CUMULATIVE, capture, under_autocast
 from lrcnn_lightning.graph.functional import dependent_values
 from lrcnn_lightning.graph.graph import Context, Graph, Node, Ref, Value, ValueKind, map_refs, references
 from lrcnn_lightning.graph.rehearsal import own_error
@@ -27,4 +27,5 @@ __all__ = [
     "processes",
     "references",
     "take_apart",
+    "under_autocast",
 ]

@@ -31,7 +31,7 @@ from lrcnn_lightning.graph.graph import Context, Graph, Node, Ref, Value, ValueK
 from lrcnn_lightning.graph.structure import Structure, take_apart
 from lrcnn_lightning.graph.synchronised import recorded_sync_batch_norms
 
-__all__ = ["CUMULATIVE", "capture"]
+__all__ = ["CUMULATIVE", "capture", "under_autocast"]
 
 CUMULATIVE = -1.0
 """The momentum in the graph of a normalisation whose running statistics are averages over all batches so far."""
@@ -183,9 +183,14 @@ def _example(tensor: torch.Tensor, widened: bool) -> torch.Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
+def under_autocast(device: torch.device) -> bool:
+    """Whether autocast chooses the dtypes of operations on a device; some, such as ``meta``, it does not know."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def _is_widened(tensor: torch.Tensor) -> bool:
     """Whether a tensor has fewer bits than float32 while autocast chooses those that each operation reads."""
-    return tensor.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(tensor.device.type)
+    return tensor.dtype in (torch.float16, torch.bfloat16) and under_autocast(tensor.device)
 
 
 class _Reader:

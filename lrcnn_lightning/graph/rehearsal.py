@@ -34,15 +34,19 @@ def own_error(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
     def fake(tensor: Any) -> Any:
         if not isinstance(tensor, torch.Tensor) or isinstance(tensor, FakeTensor):
             return tensor
+        if tensor.is_inference():  # no fake can be made of it; only its metadata matters
+            with mode:
+                return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
         return mode.from_tensor(tensor.detach(), static_shapes=True)
 
-    held = {name: fake(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     leaves, structure = take_apart((tuple(args), dict(kwargs)))
-    args, kwargs = structure.put_together([fake(leaf) for leaf in leaves])
     devices = list({leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_cuda})
     try:
-        with mode, torch.no_grad(), torch.random.fork_rng(devices=devices):
-            torch.func.functional_call(module, held, tuple(args), dict(kwargs))
+        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=devices):
+            held = {name: fake(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+            given, named = structure.put_together([fake(leaf) for leaf in leaves])
+            with mode:
+                torch.func.functional_call(module, held, tuple(given), dict(named))
     except Exception as error:
         of_the_module = not type(error).__module__.startswith(_OF_THE_REHEARSAL)
         return error if of_the_module and not isinstance(error, torch.OutOfMemoryError) else None
