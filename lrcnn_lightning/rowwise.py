@@ -37,6 +37,9 @@ ModuleType = TypeVar("ModuleType", bound=nn.Module)
 _CACHED = 16
 """Graphs and plans remembered a module: multi-scale training has a handful of shapes; more are captured again."""
 
+_NAMED = 5
+"""Modules that a warning names at most; a profiler puts a hook on every one."""
+
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 
 
@@ -154,9 +157,11 @@ class RowwiseForward:
         hooked = [path for path in inner_hooks(self.name, self.module, chosen) if path not in self._said]
         if hooked:
             self._said.update(hooked)
+            more = f" and {len(hooked) - _NAMED} more" if len(hooked) > _NAMED else ""
             self.notify(
                 f"hooks inside of row-wise modules do not run, because no full feature map passes there: "
-                f"{', '.join(hooked)}. Hooks on a row-wise module itself run; {self._smaller_for_hooks()}"
+                f"{', '.join(hooked[:_NAMED])}{more}. Hooks on a row-wise module itself run; "
+                f"{self._smaller_for_hooks()}"
             )
 
     def _captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any, RowGraph]:
@@ -233,7 +238,7 @@ def _settings(module: nn.Module, outermost: bool) -> Iterator[Any]:
         if all(isinstance(item, _PLAIN) for item in items):
             yield name, value
 
-    tables = (module._forward_pre_hooks, module._forward_hooks)
+    tables = [vars(module)[name] for name in _HOOKS]
     hooks = tuple(k for table in tables for k, hook in table.items() if not outermost or _computes_weight(hook))
     if hooks:  # a hook may change what its module returns, or compute its weight; the numbers are never used twice
         yield "hooks", hooks

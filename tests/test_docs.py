@@ -53,6 +53,16 @@ def test_python_code_compiles(document: Path) -> None:
         compile(code, f"{document.name}, block {number}", "exec")
 
 
+def test_the_source_distribution_has_what_the_readme_links_to() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    build = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["tool"]["hatch"]["build"]["targets"]
+    # The build itself adds the readme, the licence and its own file.
+    included = {*build["sdist"]["only-include"], "README.md", "LICENSE", "pyproject.toml"}
+    targets = {target for target in re.findall(r"\]\(([^)#\s]+)", README) if "://" not in target}
+    assert {"CHANGELOG.md", "CONTRIBUTING.md"} <= targets
+    assert {target.partition("/")[0] for target in targets} <= included
+
+
 def test_python_code_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     code = blocks(README, "python")
     assert len(code) == 3

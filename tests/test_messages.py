@@ -132,8 +132,17 @@ def test_hooks_that_are_added_later_are_warned_of_too() -> None:
     assert message.endswith(": 0. Hooks on a row-wise module itself run; call rowwise() on smaller modules")
     assert not of(said(lambda: net(IMAGES[:1])), "hooks"), "once each"
     net[2].register_full_backward_hook(lambda *_: None)
-    (message,) = of(said(lambda: net(IMAGES[:, :, 1:])), "hooks")
+    (message,) = of(said(lambda: net(IMAGES)), "hooks")
     assert ": 2. Hooks" in message
+
+
+def test_of_many_hooks_some_are_named() -> None:
+    net = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(9)))
+    for layer in net:
+        layer.register_forward_hook(lambda *_: None)
+    lrcnn_lightning.rowwise(net, mode="two_phase", rows=2)
+    (message,) = of(said(lambda: net(IMAGES)), "hooks")
+    assert ": 0, 1, 2, 3, 4 and 4 more. Hooks" in message
 
 
 @pytest.mark.filterwarnings("ignore")
