@@ -5,7 +5,7 @@ Each is a text; who says it, when and how often is the caller's business.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
@@ -107,10 +107,10 @@ def needless_rows(config: RowConfig, plans: Mapping[str, Plan], free: int) -> st
     )
 
 
-def outside_call(names: Sequence[str]) -> str:
+def outside_call(name: str) -> str:
     """The warning that a row-wise module was called where rows are not in force."""
     return (
-        f"{', '.join(name or 'the LightningModule' for name in names)} was called outside of the Trainer's steps, and "
-        "ran plainly: the result is right, and it took the memory of plain PyTorch. Where that is too much, call it "
-        "inside of `with trainer.strategy.row_by_row():`"
+        f"{name or 'the LightningModule'} was called outside of the Trainer's steps (by a callback, or for "
+        "`example_input_array`), and ran plainly: the result is right, and it took the memory of plain PyTorch. Where "
+        "that is too much, call it inside of `with trainer.strategy.row_by_row():`"
     )

@@ -74,4 +74,4 @@ class OutsideCalls:
         if name is None or detect_fake_mode() is not None:  # a run on tensors without data takes no memory
             return
         self.stop()
-        self._notify(outside_call([name]))
+        self._notify(outside_call(name))

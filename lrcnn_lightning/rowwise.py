@@ -505,7 +505,10 @@ class RowwiseSession:
             self.observer(forward, args, kwargs)
 
     def _watched(self) -> Iterator[tuple[str, nn.Module]]:
-        return ((name, forward.module) for name, forward in self.forwards.items())
+        """The modules that a call outside of `active` would have run row by row, as far as is known."""
+        for name, forward in self.forwards.items():
+            if forward.plan is None or forward.plan.mode != "plain":
+                yield name, forward.module
 
     @property
     def plans(self) -> dict[str, Plan]:

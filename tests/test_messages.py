@@ -199,6 +199,25 @@ def test_calls_that_take_no_memory_or_rows_are_not_warned_of(way: str, warned: l
     assert calls.row_wise == ([True, True] if way == "row by row" else [])
 
 
+def test_a_module_that_runs_plainly_anyway_is_not_warned_of(warned: list[str]) -> None:
+    trainer = fit("lrcnn", callbacks=[Calls("plainly")])
+    assert trainer.strategy.plans["body"].mode == "plain"
+    assert not warned
+
+
+def test_the_example_input_is_warned_of(warned: list[str]) -> None:
+    class WithExample(Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.example_input_array = IMAGES
+
+        def forward(self, maps: Tensor) -> Tensor:
+            return self.body(maps)
+
+    fit("lrcnn_two_phase", WithExample(), enable_model_summary=True)
+    assert len(of(warned, "for `example_input_array`")) == 1
+
+
 def test_nothing_is_watched_after_the_run_nor_during_a_step(warned: list[str]) -> None:
     hooks = torch_module._global_forward_pre_hooks
     before, during = len(hooks), []
