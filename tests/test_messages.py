@@ -481,3 +481,30 @@ def test_two_networks_one_after_the_other_in_mixed_precision() -> None:
         "body": "two_phase",
         "after": "two_phase",
     }
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_maps_of_autocast_and_of_the_batch_go_into_one_module() -> None:
+    class Joins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(5, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+        def forward(self, made: Tensor, given: Tensor, factor: Tensor) -> Tensor:
+            return self.norm(self.conv(torch.cat([made, given], 1))) * factor
+
+    torch.manual_seed(0)
+    module = Joins()
+    plain = copy.deepcopy(module)
+    lrcnn_lightning.rowwise(module, mode="two_phase", rows=4)
+    made, factor = torch.randn(2, 2, 16, 12), torch.tensor(0.5)
+    results = []
+    for each in (plain, module):
+        source = made.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = each(source.bfloat16(), IMAGES, factor)
+        output.float().sigmoid().square().sum().backward()  # a sum of squares behind BatchNorm has no gradient
+        results.append((output, source.grad, each.conv.weight.grad, each.norm.running_var))
+    for mine, theirs in zip(results[1], results[0], strict=True):
+        assert mine.dtype is theirs.dtype
+        assert (mine - theirs).abs().max() <= 0.05 * theirs.abs().max()
