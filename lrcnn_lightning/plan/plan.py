@@ -20,6 +20,7 @@ from lrcnn_lightning.plan.segments import differentiable_values, segment_borders
 from lrcnn_lightning.rules import Interval, Role, RowGraph, RowRule
 
 if TYPE_CHECKING:
+    from lrcnn_lightning.plan.notes import Note
     from lrcnn_lightning.plan.saved import SavedPlan
     from lrcnn_lightning.plan.schedule import Instruction
 
@@ -75,6 +76,8 @@ class Plan:
     training: bool
     prologue: tuple[int, ...] = field(default=())
     machine: Machine = field(default=CPU, repr=False)
+    notes: tuple[Note, ...] = ()
+    """In what it departs from the options that it was made for."""
 
     @property
     def mode(self) -> str:
@@ -122,6 +125,11 @@ class Plan:
     def rows(self) -> int:
         """The largest number of rows of any stage."""
         return max((len(loop.rows) for loop in self.loops()), default=1)
+
+    @property
+    def chunks(self) -> int:
+        """The number of parts into which the batch is divided."""
+        return max((len(loop.chunks) for loop in self.loops()), default=1)
 
     @cached_property
     def explicit(self) -> Choices:

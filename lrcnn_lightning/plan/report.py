@@ -36,14 +36,14 @@ def report(plan: Plan) -> str:
     lines.append(
         f"  activation peak  {format_size(plan.peak_bytes)} predicted, "
         f"plain PyTorch {format_size(plan.plain_peak_bytes)}"
-        + (f" ({plan.plain_peak_bytes / plan.peak_bytes:.1f} times less)" if plan.peak_bytes else "")
+        + (f" ({_times(plan.plain_peak_bytes / plan.peak_bytes)})" if plan.peak_bytes else "")
     )
     lines.append(f"  extra work       {100 * plan.overhead:+.0f} % predicted")
     if plan.mode == "plain":
         lines.append("  every operation runs as the module's own forward does; it fits and is predicted to be fastest")
         return "\n".join(lines)
-    chunks = max((len(loop.chunks) for loop in plan.loops()), default=1)
-    lines.append(f"  batch chunks     {chunks}")
+    lines.append(f"  batch chunks     {plan.chunks}")
+    lines += [f"  note             {note.text}" for note in plan.notes]
     lines.append(f"  {'segment':8} {'stages':>6} {'rows':>5}  {'carries':>10}  {'kept':>10}  operations")
     for segment in plan.segments:
         lines.append("  " + _segment_line(plan.graph, segment))
@@ -55,6 +55,11 @@ def report(plan: Plan) -> str:
             size = format_size(sum(plan.graph.values[o].bytes for o in node.outputs))
             lines.append(f"    {node.op} at {node.module or 'the top'}: {shapes}, {size}")
     return "\n".join(lines)
+
+
+def _times(ratio: float) -> str:
+    """``2.5 times less``, and ``1.3 times more`` where a plan takes more than plain PyTorch."""
+    return f"{ratio:.1f} times less" if ratio >= 1 else f"{1 / ratio:.1f} times more"
 
 
 def _segment_line(graph: RowGraph, segment: SegmentProgram) -> str:

@@ -19,13 +19,14 @@ from lrcnn_lightning.config import RowConfig, format_size
 from lrcnn_lightning.errors import ConfigError, PlanError
 from lrcnn_lightning.plan.keeping import KEEPINGS, Keeping
 from lrcnn_lightning.plan.machine import Machine
+from lrcnn_lightning.plan.notes import notes
 from lrcnn_lightning.plan.plan import Choices, Part, Plan, build_plan, plain_plan
 from lrcnn_lightning.plan.price import exchanges
 from lrcnn_lightning.plan.report import held_at_peak
 from lrcnn_lightning.plan.segments import cut_points
 from lrcnn_lightning.rules import Role, RowGraph
 
-__all__ = ["choose_plan", "free_bytes", "search_plans"]
+__all__ = ["choose_plan", "free_bytes", "search_plans", "usable_bytes"]
 
 _ROWS = (2, 4, 8, 16, 32)
 _SEGMENTS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -62,7 +63,7 @@ def choose_plan(
     free_choice = config.rows == config.segments == config.batch_chunks == "auto"
     if budget == "auto":
         chooses_freely = config.mode == "auto" and free_choice
-        budget = int(free_bytes(device) * _SHARE_OF_FREE) if chooses_freely else None
+        budget = usable_bytes(device) if chooses_freely else None
     if config.mode == "auto" and free_choice and budget is not None and not graph.communicates:
         plain = plain_plan(graph, leaves, training, Machine.of(device))
         if plain.peak_bytes <= budget:
@@ -76,7 +77,8 @@ def choose_plan(
             f"{held_at_peak(best)}. What helps: a smaller batch or image, half precision, freezing the first layers, "
             "or a larger budget"
         )
-    return best
+    found = notes(best, config, budget)
+    return replace(best, notes=found) if found else best
 
 
 def search_plans(
@@ -294,6 +296,11 @@ def _grid(graph: RowGraph, config: RowConfig, height: int, training: bool) -> di
     modes = ["two_phase", "overlap"] if config.mode == "auto" and fine else [config.mode]
     modes = ["two_phase"] if modes == ["auto"] else modes
     return {"mode": modes, "rows": rows, "segments": segments if training else [1], "keeping": keepings}
+
+
+def usable_bytes(device: torch.device) -> int:
+    """What a step may take of what the device has free, in bytes."""
+    return int(free_bytes(device) * _SHARE_OF_FREE)
 
 
 def free_bytes(device: torch.device) -> int:
