@@ -35,7 +35,7 @@ _MOST_ROWS = 64
 _SMALL = 250
 """Nodes of a graph for which a whole grid of plans is tried in seconds."""
 _REFINEMENTS = 400
-_REFINED_NODES = 27_000
+_REFINED_NODES = 20_000
 """Plans that are tried at most when the best one is refined, and nodes that these have together."""
 _EXCHANGED = 4
 """Maps that are tried kept, and tried dropped, at each step of the refinement."""
