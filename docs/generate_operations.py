@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lrcnn_lightning.rules import registered
-from lrcnn_lightning.rules.expansion import _EXPANSIONS
+from lrcnn_lightning.rules.expansion import expanded
 from lrcnn_lightning.rules.rule import find_factory
 
 HEADER = """# Operations with a row rule
@@ -55,7 +55,7 @@ def operations() -> str:
     for family in sorted(families):
         table = "\n".join(["| operation | on rows |", "| --- | --- |", *sorted(families[family])])
         parts.append(f"## {family.capitalize()}\n\n{table}\n")
-    parts += [REWRITTEN, "\n".join(sorted(f"- `{_name(operation)}`" for operation in _EXPANSIONS)) + "\n"]
+    parts += [REWRITTEN, "\n".join(sorted(f"- `{_name(operation)}`" for operation in expanded())) + "\n"]
     return "\n".join(parts)
 
 

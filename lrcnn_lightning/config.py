@@ -237,11 +237,23 @@ def _check_budget(value: object) -> None:
 def _checked_overhead(value: object) -> float:
     allowed = "max_overhead must be a number of at least 0, a fraction of the time of plain training (0.35 is 35 %)"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        hint = "; drop the quotes" if isinstance(value, str) else ""
-        raise ConfigError(f"{allowed} (given: {_shown(value)}){hint}")
+        raise ConfigError(f"{allowed} (given: {_shown(value)}){_fraction_hint(value)}")
     if math.isnan(value) or value < 0:
         raise ConfigError(f"{allowed} (given: {value}); use 0 to spend no extra time")
     return float(value)
+
+
+def _fraction_hint(value: object) -> str:
+    """What to write instead of a text that holds a number, or a percentage."""
+    if not isinstance(value, str):
+        return ""
+    text = value.strip()
+    try:
+        if text.endswith("%"):
+            return f"; write max_overhead={float(Decimal(text[:-1].strip()) / 100):g}"
+        return f"; drop the quotes: max_overhead={float(text):g}"
+    except (ArithmeticError, ValueError):
+        return "; write for example max_overhead=0.35"
 
 
 def _check_axis(value: object) -> None:

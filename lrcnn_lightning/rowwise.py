@@ -19,10 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lrcnn_lightning.config import RowConfig, did_you_mean
 from lrcnn_lightning.engine.execute import execute, requires_grad_leaves
-from lrcnn_lightning.errors import CaptureError, ConfigError, RowwiseError
-from lrcnn_lightning.graph import capture, processes, take_apart
-from lrcnn_lightning.plan.cost import Machine
+from lrcnn_lightning.errors import CaptureError, ConfigError, InputError, RowwiseError
+from lrcnn_lightning.graph import capture, own_error, processes, take_apart, under_autocast
+from lrcnn_lightning.messages import inner_hooks
+from lrcnn_lightning.outside import OutsideCalls
 from lrcnn_lightning.plan.frontier import Frontier, find_frontier
+from lrcnn_lightning.plan.machine import Machine
 from lrcnn_lightning.plan.plan import Plan
 from lrcnn_lightning.plan.saved import SavedPlan, load_plan
 from lrcnn_lightning.plan.search import choose_plan
@@ -35,7 +37,14 @@ ModuleType = TypeVar("ModuleType", bound=nn.Module)
 _CACHED = 16
 """Graphs and plans remembered a module: multi-scale training has a handful of shapes; more are captured again."""
 
+_NAMED = 5
+"""Modules that a warning names at most; a profiler puts a hook on every one."""
+
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
 
 
 class RowwiseForward:
@@ -45,8 +54,20 @@ class RowwiseForward:
     Python arguments), plans by that and by which parameters and inputs require a gradient.
     """
 
-    def __init__(self, module: nn.Module, config: RowConfig, name: str = "", unsupported: Any = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        config: RowConfig,
+        name: str = "",
+        unsupported: Any = None,
+        notify: Callable[[str], None] = _warn,
+    ) -> None:
         self.module, self.config, self.name = module, config, name
+        self.notify = notify
+        """Takes what the user should know, once each."""
+        self._said: set[str] = set()
+        self.observe: Callable[[RowwiseForward, tuple[Any, ...], dict[str, Any]], None] | None = None
+        """Told of each call once its plan is known."""
         self.previous: Callable[..., Any] | None = module.__dict__.get("forward")
         self.plan: Plan | None = None
         """The plan of the latest call."""
@@ -54,7 +75,7 @@ class RowwiseForward:
         """The plan of the latest call with a backward pass."""
         self._graphs: OrderedDict[Any, RowGraph] = OrderedDict()
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
-        self._unsupported: Callable[[RowwiseForward, CaptureError, Any, Any], Any] | None = unsupported
+        self._unsupported: Callable[[RowwiseForward, CaptureError, Callable[[], Any]], Any] | None = unsupported
         self._runs_plain = False
         self.given: SavedPlan | None = None
         """A plan that was given; nothing is searched for then."""
@@ -63,20 +84,26 @@ class RowwiseForward:
         """Copies and pickles carry no plans: they are made again when needed."""
         state = self.__dict__.copy()
         state.update(plan=None, training_plan=None, _graphs=OrderedDict(), _plans=OrderedDict(), _unsupported=None)
+        state.update(notify=_warn, observe=None)
         return state
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._runs_plain or torch.compiler.is_compiling():
             return self.original(*args, **kwargs)
+        uncaptured: CaptureError | None = None
         try:
             chosen, inputs = self._prepare(args, kwargs)
         except CaptureError as error:
-            return self._without_rows(error, args, kwargs)
+            uncaptured = error
         except RowwiseError as error:
             raise type(error)(f"{self._where()}: {error}") from error
+        if uncaptured is not None:  # outside of the handler: an error of the module's own has no other behind it
+            return self._uncaptured(uncaptured, args, kwargs)
         self.plan = chosen
         if chosen.training:
             self.training_plan = chosen
+        if self.observe is not None:
+            self.observe(self, args, kwargs)
         if chosen.mode == "plain":
             return self.original(*args, **kwargs)
         return execute(chosen, self.module, inputs)
@@ -99,6 +126,9 @@ class RowwiseForward:
         """How a smaller part is named: in a strategy modules have names."""
         return "Name smaller parts in `modules`" if self.name else "Call rowwise() on smaller parts of it"
 
+    def _smaller_for_hooks(self) -> str:
+        return "name smaller modules in `modules`" if self.name else "call rowwise() on smaller modules"
+
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Plan, list[Any]]:
         inputs, key, graph = self._captured(args, kwargs)
         grad = torch.is_grad_enabled()
@@ -112,14 +142,34 @@ class RowwiseForward:
             else:
                 found = choose_plan(graph, leaves, training, self.config, device)
             chosen = _remember(self._plans, plan_key, found)
+            self._warn_of(chosen)
         self._plans.move_to_end(plan_key)
         return chosen, inputs
+
+    def _warn_of(self, chosen: Plan) -> None:
+        """Say once what a plan is not as asked for, and which hooks a row-wise run passes by."""
+        if chosen.chunks == self.config.batch_chunks:
+            self._said.add("batch_chunks")  # a batch that is divided into fewer is the short one at the end
+        for note in chosen.notes:
+            if note.option not in self._said:
+                self._said.add(note.option)
+                self.notify(f"{self._where()}: {note.text}")
+        hooked = [path for path in inner_hooks(self.name, self.module, chosen) if path not in self._said]
+        if hooked:
+            self._said.update(hooked)
+            more = f" and {len(hooked) - _NAMED} more" if len(hooked) > _NAMED else ""
+            self.notify(
+                f"hooks inside of row-wise modules do not run, because no full feature map passes there: "
+                f"{', '.join(hooked[:_NAMED])}{more}. Hooks on a row-wise module itself run; "
+                f"{self._smaller_for_hooks()}"
+            )
 
     def _captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any, RowGraph]:
         """The leaves of the arguments, what the graph depends on, and the graph."""
         inputs, structure = take_apart((args, kwargs))
-        state = tuple((type(child), *_settings(child)) for child in self.module.modules())
-        key = (structure, tuple(_metadata(leaf) for leaf in inputs), state, processes())
+        state = tuple((type(child), *_settings(child, child is self.module)) for child in self.module.modules())
+        autocast = under_autocast(_device(inputs))
+        key = (structure, tuple(_metadata(leaf) for leaf in inputs), state, autocast, processes())
         graph = self._graphs.get(key)
         if graph is None:
             with _put_back(self.module, self.previous):
@@ -136,10 +186,26 @@ class RowwiseForward:
         leaves = requires_grad_leaves(graph.graph, self.module, inputs)
         return graph, leaves, bool(leaves), _device(inputs)
 
-    def _without_rows(self, error: CaptureError, args: Any, kwargs: Any) -> Any:
-        """A module that cannot be captured: what the configuration asks for."""
+    def own_error(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
+        """The error that the module raises for these arguments with or without rows, as far as can be told."""
+        with _put_back(self.module, self.previous):
+            return own_error(self.module, args, kwargs)
+
+    def _uncaptured(self, error: CaptureError, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that cannot be captured: an input that the module does not take gets the module's own error."""
+
+        def run() -> Any:
+            return self.original(*args, **kwargs)
+
+        if self.own_error(args, kwargs) is not None:
+            result = run()  # which raises what plain PyTorch raises, unless it was for want of data after all
+            return self._without_rows(error, lambda: result)
+        return self._without_rows(error, run)
+
+    def _without_rows(self, error: CaptureError, run: Callable[[], Any]) -> Any:
+        """A module that cannot be captured: what the configuration asks for. ``run`` is the plain call."""
         if self._unsupported is not None:
-            return self._unsupported(self, error, args, kwargs)
+            return self._unsupported(self, error, run)
         message = (
             f"{self._where()} cannot be captured: {error}. Allowed is what torch.export can trace: Python code whose "
             f"branches do not depend on the values of tensors. {self._smaller()}, or pass on_unsupported='warn' to run "
@@ -147,9 +213,9 @@ class RowwiseForward:
         )
         if self.config.on_unsupported == "error":
             raise CaptureError(message) from error
-        warnings.warn(f"{message} (on_unsupported='warn': it runs plainly)", stacklevel=4)
+        self.notify(f"{message} (on_unsupported='warn': it runs plainly)")
         self._runs_plain = True
-        return self.original(*args, **kwargs)
+        return run()
 
 
 _V = TypeVar("_V")
@@ -165,12 +231,17 @@ def _remember(table: OrderedDict[Any, _V], key: Any, value: _V) -> _V:
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def _settings(module: nn.Module) -> Iterator[Any]:
+def _settings(module: nn.Module, outermost: bool) -> Iterator[Any]:
     """What the code of a module may ask about itself: train or eval, a momentum, a probability that is scheduled."""
     for name, value in module.__dict__.items():
         items = value if isinstance(value, tuple) else (value,)
         if all(isinstance(item, _PLAIN) for item in items):
             yield name, value
+
+    tables = [vars(module)[name] for name in _HOOKS]
+    hooks = tuple(k for table in tables for k, hook in table.items() if not outermost or _computes_weight(hook))
+    if hooks:  # a hook may change what its module returns, or compute its weight; the numbers are never used twice
+        yield "hooks", hooks
 
 
 def _device(inputs: Iterable[Any]) -> torch.device:
@@ -188,6 +259,11 @@ def _metadata(leaf: Any) -> Any:
     return leaf
 
 
+def _computes_weight(hook: object) -> bool:
+    """Whether a hook is one of PyTorch's own that compute a weight (old-style weight norm, pruning)."""
+    return type(hook).__module__.startswith("torch.nn.utils.")
+
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -203,7 +279,7 @@ def _put_back(module: nn.Module, previous: Callable[..., Any] | None) -> Iterato
         module.__dict__["forward"] = previous
     hooks = {name: module.__dict__[name] for name in _HOOKS}
     for name, table in hooks.items():
-        kept = ((k, hook) for k, hook in table.items() if type(hook).__module__.startswith("torch.nn.utils."))
+        kept = ((k, hook) for k, hook in table.items() if _computes_weight(hook))
         module.__dict__[name] = OrderedDict(kept)
     try:
         yield
@@ -298,6 +374,14 @@ def _rehearsal(
         args = example
     else:
         args = (example,)
+    if not any(isinstance(leaf, torch.Tensor) for leaf in take_apart((args, kwargs))[0]):
+        numbers = isinstance(example, (tuple, list)) and all(isinstance(size, int) for size in example)
+        shape = ", ".join(map(str, example)) if numbers and example else "1, 3, 512, 512"
+        raise InputError(
+            f"{type(module).__name__}: the example has no tensor (given: {example!r}; allowed: a tensor, a tuple of "
+            f"arguments, a dict of keyword arguments); for a shape, pass "
+            f'torch.empty({shape}, device="meta"), which takes no memory'
+        )
     parameter = next(module.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     restoring = module.__dict__.get("forward")
@@ -312,12 +396,17 @@ def _rehearsal(
         leaves, structure = take_apart((args, kwargs))
         leaves = [real(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = structure.put_together(leaves)
-        executor = RowwiseForward(module, config)
+        executor = RowwiseForward(module, config, notify=lambda text: None)  # the plan itself has the notes
         executor.previous = previous
         try:
             with torch.enable_grad():
                 yield executor, args, kwargs
         except RowwiseError as error:
+            own = executor.own_error(args, kwargs) if isinstance(error, CaptureError) else None
+            if own is not None:
+                raise InputError(
+                    f"{executor._where()} does not take this input, row by row or plainly: {type(own).__name__}: {own}"
+                ) from own
             raise type(error)(f"{executor._where()}: {error}") from error
 
 
@@ -377,8 +466,17 @@ class RowwiseSession:
     session.active()``. With ``modules="auto"`` a module that cannot be captured is replaced by its own parts.
     """
 
-    def __init__(self, root: nn.Module, config: RowConfig, plans: Mapping[str, SavedPlan] | None = None) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        config: RowConfig,
+        plans: Mapping[str, SavedPlan] | None = None,
+        notify: Callable[[str], None] = _warn,
+    ) -> None:
+        self.notify = notify
         self.root, self.config, self.given = root, config, dict(plans or {})
+        self.observer: Callable[[RowwiseForward, tuple[Any, ...], dict[str, Any]], None] | None = None
+        """Told of each call of a row-wise module, with its arguments."""
         names = config.modules
         self.automatic = names == "auto"
         chosen = select_modules(root, names)
@@ -389,15 +487,28 @@ class RowwiseSession:
             # The model's own forward, where layers hang directly on it; its parts serve steps that call them.
             self.forwards = {"": self._forward("", root), **self.forwards}
         self._depth = 0
+        self.outside = OutsideCalls(self._watched, notify)
+        """Notices calls outside of `active`, from its ``start`` to its ``stop``."""
         for name in self.given:
             if name not in self.forwards:
                 known = ", ".join(repr(other) for other in self.forwards) or "none"
                 raise ConfigError(f"plan: no module {name!r} runs row-wise; those that do are {known}")
 
     def _forward(self, name: str, module: nn.Module) -> RowwiseForward:
-        forward = RowwiseForward(module, self.config, name, self._descend if self.automatic else None)
+        forward = RowwiseForward(module, self.config, name, self._descend if self.automatic else None, self.notify)
         forward.given = self.given.get(name)
+        forward.observe = self._observe
         return forward
+
+    def _observe(self, forward: RowwiseForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.observer is not None:
+            self.observer(forward, args, kwargs)
+
+    def _watched(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that a call outside of `active` would have run row by row, as far as is known."""
+        for name, forward in self.forwards.items():
+            if forward.plan is None or forward.plan.mode != "plain":
+                yield name, forward.module
 
     @property
     def plans(self) -> dict[str, Plan]:
@@ -414,6 +525,7 @@ class RowwiseSession:
         """Calls of the chosen modules run row by row inside this context."""
         self._depth += 1
         if self._depth == 1:
+            self.outside.pause()
             for forward in self.forwards.values():
                 self._patch(forward)
         try:
@@ -423,6 +535,7 @@ class RowwiseSession:
             if self._depth == 0:
                 for forward in self.forwards.values():
                     self._unpatch(forward)
+                self.outside.resume()
 
     @staticmethod
     def _patch(forward: RowwiseForward) -> None:
@@ -436,12 +549,12 @@ class RowwiseSession:
             if forward.previous is not None:
                 forward.module.__dict__["forward"] = forward.previous
 
-    def _descend(self, forward: RowwiseForward, error: CaptureError, args: Any, kwargs: Any) -> Any:
+    def _descend(self, forward: RowwiseForward, error: CaptureError, run: Callable[[], Any]) -> Any:
         """Replace a module that cannot be captured by its parts, one level down, and run this call so."""
         parts = {} if forward.name == "" else select_modules(forward.module, "auto")
         forward._unsupported = None
         if not parts and forward.name != "":
-            return forward._without_rows(error, args, kwargs)
+            return forward._without_rows(error, run)
         self._unpatch(forward)
         self.forwards = {name: other for name, other in self.forwards.items() if other is not forward}
         for name, part in parts.items():
@@ -449,7 +562,7 @@ class RowwiseSession:
             self.forwards[inner.name] = inner
             if self._depth:
                 self._patch(inner)
-        return forward.original(*args, **kwargs)
+        return run()
 
 
 def _direct_layers(root: nn.Module) -> bool:

@@ -24,6 +24,7 @@ import inspect
 import sys
 from abc import ABCMeta
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -33,10 +34,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from lrcnn_lightning.config import Mode, OnUnsupported, RowConfig, did_you_mean, format_size
+from lrcnn_lightning.config import Mode, OnUnsupported, RowConfig, did_you_mean
 from lrcnn_lightning.errors import ConfigError
+from lrcnn_lightning.messages import needless_rows, path, summary
 from lrcnn_lightning.plan.plan import Plan
 from lrcnn_lightning.plan.saved import load_plans
+from lrcnn_lightning.plan.search import usable_bytes
 from lrcnn_lightning.rowwise import RowwiseSession
 
 if TYPE_CHECKING:
@@ -118,6 +121,7 @@ class _Rowwise(Strategy):
         self._session: RowwiseSession | None = None
         self._plans: dict[str, Plan] = {}
         self._reported = False
+        self._fits = False
         super().__init__(**kwargs)
 
     def _check_names(self, kwargs: Mapping[str, Any]) -> None:
@@ -187,16 +191,18 @@ class _Rowwise(Strategy):
         assert module is not None
         self._check(trainer, module, RowwiseSession(module, self._config, self._given))
         super().setup(trainer)
-        self._session = RowwiseSession(
-            module, self._config, self._given
-        )  # precision plugins may have replaced submodules
+        self._stop()  # of a run that was broken off
+        # Anew, since precision plugins may have replaced submodules.
+        self._session = RowwiseSession(module, self._config, self._given, self._rank_zero("rank_zero_warn"))
+        self._session.outside.start()
         if not self._session.forwards:
             self._rank_zero("rank_zero_warn")(
                 f"strategy {type(self).__name__}: no submodule of {type(module).__name__} contains a convolution; "
                 "everything runs as it would without the strategy"
             )
         self._reported = False
-        if trainer.state.fn == "fit":
+        self._fits = trainer.state.fn == "fit"
+        if self._fits:
             self._plans = {}
 
     def _check(self, trainer: Trainer, module: nn.Module, session: RowwiseSession) -> None:
@@ -205,8 +211,33 @@ class _Rowwise(Strategy):
 
     def teardown(self) -> None:
         self._plans = self.plans
-        self._session = None
+        self._stop()
         super().teardown()
+
+    def _stop(self) -> None:
+        if self._session is not None:
+            self._session.outside.stop()
+        self._session = None
+
+    @property
+    def session(self) -> RowwiseSession | None:
+        """The row-wise modules of the run, from its set-up to its end; ``None`` outside."""
+        return self._session
+
+    @contextmanager
+    def row_by_row(self) -> Iterator[None]:
+        """Context in which the modules run row-wise as in the user's steps, for callbacks that call them.
+
+        >>> with trainer.strategy.row_by_row():     # doctest: +SKIP
+        ...     maps = pl_module.backbone(images)   # N C H W
+        """
+        if self._session is None:
+            raise ConfigError(
+                f"{type(self).__name__}.row_by_row() was entered while no Trainer runs; allowed is from `setup` to "
+                "`teardown`, for example in a callback; elsewhere, use lrcnn_lightning.rowwise(module)"
+            )
+        with self._session.active():
+            yield
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         result = self._step(super().training_step, args, kwargs)
@@ -214,13 +245,19 @@ class _Rowwise(Strategy):
         return result
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._step(super().validation_step, args, kwargs)
+        return self._evaluated(self._step(super().validation_step, args, kwargs))
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._step(super().test_step, args, kwargs)
+        return self._evaluated(self._step(super().test_step, args, kwargs))
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._step(super().predict_step, args, kwargs)
+        return self._evaluated(self._step(super().predict_step, args, kwargs))
+
+    def _evaluated(self, result: Any) -> Any:
+        """Report after an evaluation that stands alone; one inside of ``fit`` leaves that to the training step."""
+        if not self._fits:
+            self._report()
+        return result
 
     def _step(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._session is None:
@@ -233,15 +270,12 @@ class _Rowwise(Strategy):
         if self._reported or self._session is None or not self._session.plans:
             return
         self._reported = True
-        modules = {name: forward.module for name, forward in self._session.forwards.items()}
-        lines = [_summary(name, modules[name], plan) for name, plan in self._session.plans.items()]
+        plans = self._session.plans
+        lines = [summary(name, self._session.forwards[name].module, plan) for name, plan in plans.items()]
         self._rank_zero("rank_zero_info")("\n  ".join(["row-wise training:", *lines]))
-        hooked = [path for name, plan in self._session.plans.items() for path in _hooked(name, modules[name], plan)]
-        if hooked:
-            self._rank_zero("rank_zero_warn")(
-                f"hooks inside of row-wise modules do not run, because no full feature map passes there: "
-                f"{', '.join(hooked)}. Hooks on a row-wise module itself run; name smaller modules in `modules`"
-            )
+        needless = needless_rows(self._config, plans, usable_bytes(self.root_device))
+        if needless is not None:
+            self._rank_zero("rank_zero_warn")(needless)
 
     def _rank_zero(self, name: str) -> Callable[[str], None]:
         """Lightning's own logging on the first process."""
@@ -274,7 +308,8 @@ class _SingleDevice(_Rowwise, SingleDeviceStrategy):
 
     strategy_name = "lrcnn"
 
-    def __init__(self, *, device: str | int | torch.device | None = None, **kwargs: Any) -> None:
+    def __init__(self, *given: Any, device: str | int | torch.device | None = None, **kwargs: Any) -> None:
+        _refuse_unnamed(type(self).__name__, given)
         super().__init__(**kwargs, device="cpu" if device is None else _indexed(torch.device(device)))
         self._device_is_given = device is not None
         self._arguments["device"] = device
@@ -339,50 +374,36 @@ class _Parallel(_Rowwise, DDPStrategy):
 
     strategy_name = "lrcnn_ddp"
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *given: Any, **kwargs: Any) -> None:
+        _refuse_unnamed(type(self).__name__, given)
         super().__init__(**kwargs)
+
+
+def _refuse_unnamed(kind: str, given: Sequence[Any]) -> None:
+    """Options have names: a ``TypeError`` would speak of a class that the user has never heard of."""
+    if not given:
+        return
+    name = next(
+        (option for option in ("mode", "rows") if _is_allowed(option, given[0])),
+        "device" if isinstance(given[0], torch.device) else "mode",
+    )
+    raise ConfigError(
+        f"{kind} takes options by name only (given without a name: {', '.join(map(repr, given))}; allowed: "
+        f"{', '.join(field.name for field in fields(RowConfig))}); write for example {kind}({name}={given[0]!r})"
+    )
+
+
+def _is_allowed(option: str, value: object) -> bool:
+    try:
+        RowConfig.from_options(**{option: value})
+    except ConfigError:
+        return False
+    return True
 
 
 def _indexed(device: torch.device) -> torch.device:
     """``cuda`` as ``cuda:0``: Lightning sets the current device by its index."""
     return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
-
-
-def _path(*names: str) -> str:
-    return ".".join(name for name in names if name)
-
-
-def _summary(name: str, module: nn.Module, plan: Plan) -> str:
-    """One module of the report: what it does, what it is predicted to cost, and what of it runs whole."""
-    calls = "" if plan.training else " without gradients"
-    text = f"{name or 'the LightningModule'} ({type(module).__name__}){calls}: "
-    peak, plain = format_size(plan.peak_bytes), format_size(plan.plain_peak_bytes)
-    if plan.mode == "plain":
-        return text + f"plain PyTorch, which fits: activation peak {plain} predicted"
-    text += (
-        f"{plan.mode}, {plan.rows} rows, activation peak {peak} predicted (plain PyTorch {plain}), "
-        f"extra work {100 * plan.overhead:+.0f} % predicted"
-    )
-    whole = [f"{node.op} at {_path(name, node.module) or 'the top'}" for node in plan.graph.whole_nodes()]
-    return f"{text}; runs whole: {', '.join(whole)}" if whole else text
-
-
-def _hooked(name: str, module: nn.Module, plan: Plan) -> Iterator[str]:
-    """The submodules inside a row-wise module whose hooks do not run.
-
-    Those of ``torch.nn.utils`` (weight norm, spectral norm, pruning) compute weights; they are part of the graph.
-    """
-    if plan.mode == "plain":
-        return
-    for path, child in module.named_modules():
-        tables = (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks)
-        hooks = [hook for table in tables for hook in table.values()]
-        if path and any(not _origin(hook).startswith("torch.nn.utils") for hook in hooks):
-            yield _path(name, path)
-
-
-def _origin(hook: object) -> str:
-    return getattr(hook, "__module__", None) or type(hook).__module__
 
 
 def _refuse_compiled(root: nn.Module, session: RowwiseSession) -> None:
@@ -399,8 +420,8 @@ def _refuse_compiled(root: nn.Module, session: RowwiseSession) -> None:
     for name, forward in session.forwards.items():
         parts = name.split(".") if name else []
         around = [".".join(parts[:count]) for count in range(len(parts))]
-        found = [path for path in around if compiled(root.get_submodule(path))]
-        found += [_path(name, path) for path, child in forward.module.named_modules() if compiled(child)]
+        found = [outer for outer in around if compiled(root.get_submodule(outer))]
+        found += [path(name, inner) for inner, child in forward.module.named_modules() if compiled(child)]
         if found:
             raise ConfigError(
                 f"{found[0] or type(root).__name__} is compiled (torch.compile), and compiled code cannot run row by "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -76,7 +77,7 @@ def test_strategy_options_are_set_one_by_one() -> None:
     assert (node.rows, node.segments, node.memory_budget, node.modules) == (8, "auto", "2GiB", ["model"])
 
 
-@pytest.mark.parametrize("model", ["vgg16", "vgg16_bn", "resnet18", "resnet50", "unet"])
+@pytest.mark.parametrize("model", ["vgg16", "vgg16_bn", "resnet18", "resnet50", "unet", "lean_resnet"])
 def test_models_follow_the_data(model: str) -> None:
     config = composed(f"model={model}", "model.width=0.0625", "data.classes=4", "data.channels=1")
     scores = build(config.model)(torch.randn(1, 1, 64, 64))
@@ -95,7 +96,10 @@ def test_model_of_another_library_by_name() -> None:
     ("overrides", "words"),
     [
         (("strategy=rows",), ("Could not find 'strategy/rows'", "Available options", "two_phase", "overlap", "plain")),
-        (("model=vgg",), ("Could not find 'model/vgg'", "vgg16", "resnet50", "torchvision", "timm", "monai")),
+        (
+            ("model=vgg",),
+            ("Could not find 'model/vgg'", "vgg16", "resnet50", "lean_resnet", "torchvision", "timm", "monai"),
+        ),
         (("data.size=abc",), ("error: data.size: 'abc' is not the size of a page", "512x768")),
         (("data.sizes=512",), ("sizes", "not in struct")),
         (("strategy.row=8",), ("row", "not in 'StrategySchema'")),
@@ -209,6 +213,18 @@ def test_rowwise_run(
         assert words in printed
 
 
+def test_activation_memory_is_logged_and_drawn_on_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    overrides = ("strategy=two_phase", "strategy.rows=2", "callbacks=memory", "logger=csv", "measure_steps=0")
+    in_process(monkeypatch, tmp_path, *QUICK, *overrides)
+    assert (tmp_path / "output" / "activation_memory.png").stat().st_size > 10_000
+    (line,) = [
+        row
+        for row in csv.DictReader((tmp_path / "output" / "csv" / "version_0" / "metrics.csv").open())
+        if row["activation_memory_peak"]
+    ]
+    assert float(line["activation_memory_predicted"]) == pytest.approx(float(line["activation_memory_peak"]), rel=0.5)
+
+
 def test_rowwise_run_learns_what_plain_training_learns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     states = []
     for strategy in ("plain", "two_phase"):
@@ -292,37 +308,76 @@ def test_plain_pytorch_has_no_plan(
 
 APPLICATION = """
 import hydra
+import lightning.pytorch
+import lrcnn_lightning
 
-@hydra.main(version_base="1.3", config_path=None, config_name="theirs")
+@hydra.main(version_base="1.3", config_path="theirs", config_name="theirs")
 def main(config):
-    print(config.strategy.mode, config.strategy.rows)
+    strategy = hydra.utils.instantiate(config.trainer).strategy
+    options = getattr(strategy, "config", None)
+    print(type(strategy).__name__, *(() if options is None else (options.mode, options.rows, options.modules)))
 
 main()
 """
+THEIRS: dict[str, Any] = {
+    "defaults": ["_self_"],
+    "trainer": {
+        "_target_": "lightning.pytorch.Trainer",
+        "strategy": "${oc.select:strategy,auto}",
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+    },
+    "hydra": {"searchpath": ["pkg://lrcnn_lightning.conf"], "run": {"dir": "out"}},
+}
 
 
-def test_other_applications_find_the_groups_on_their_search_path(tmp_path: Path) -> None:
-    (tmp_path / "app.py").write_text(APPLICATION.replace("config_path=None", 'config_path="theirs"'))
-    (tmp_path / "theirs").mkdir()
-    config = {
-        "defaults": ["_self_", {"strategy": "overlap"}],
-        "hydra": {"searchpath": ["pkg://lrcnn_lightning.conf"], "run": {"dir": "out"}},
-    }
-    OmegaConf.save(OmegaConf.create(config), tmp_path / "theirs" / "theirs.yaml")
+def in_another_application(
+    folder: Path, *overrides: str, defaults: Sequence[Any] = ("_self_",)
+) -> subprocess.CompletedProcess[str]:
+    """Run an application of somebody else's, in its own folder, that makes its Trainer from its own configuration."""
+    (folder / "app.py").write_text(APPLICATION)
+    (folder / "theirs").mkdir(exist_ok=True)
+    OmegaConf.save(OmegaConf.create({**THEIRS, "defaults": list(defaults)}), folder / "theirs" / "theirs.yaml")
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, "app.py", *overrides],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
-    def run(*overrides: str) -> subprocess.CompletedProcess[str]:
-        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-        return subprocess.run(
-            [sys.executable, "app.py", *overrides],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
 
-    result = run("strategy.rows=4")
-    assert result.stdout.split() == ["overlap", "4"], result.stderr
-    result = run("strategy.max_overhead=abc")
-    assert result.returncode == 1
-    assert "could not be converted to Float" in result.stderr
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("+strategy=overlap", "strategy.rows=4"), ["LRCNNStrategy", "overlap", "4", "auto"]),
+        (("+strategy=two_phase", "strategy.modules=[body]"), ["LRCNNStrategy", "two_phase", "auto", "('body',)"]),
+        (("+strategy@trainer.strategy=auto",), ["LRCNNStrategy", "auto", "auto", "auto"]),
+        (("+strategy=plain",), ["SingleDeviceStrategy"]),
+        (("+strategy@trainer.strategy=plain",), ["SingleDeviceStrategy"]),
+        ((), ["SingleDeviceStrategy"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_other_applications_make_a_trainer_with_the_groups_on_their_search_path(
+    tmp_path: Path, overrides: Sequence[str], words: Sequence[str]
+) -> None:
+    result = in_another_application(tmp_path, *overrides)
+    assert result.stdout.split() == list(words), result.stderr
+
+
+def test_other_applications_have_the_schema(tmp_path: Path) -> None:
+    named = ["_self_", {"strategy": "two_phase"}]  # in their list of defaults, it needs no plus
+    result = in_another_application(tmp_path, "strategy=overlap", defaults=named)
+    assert result.stdout.split()[:2] == ["LRCNNStrategy", "overlap"], result.stderr
+    for override, words in (
+        ("strategy.max_overhead=abc", "could not be converted to Float"),
+        ("strategy.row=4", "not in 'StrategySchema'"),
+        ("strategy.rows=many", 'rows must be "auto" or a positive int'),
+    ):
+        result = in_another_application(tmp_path, override, defaults=named)
+        assert result.returncode == 1
+        assert words in result.stderr

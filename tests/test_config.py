@@ -120,7 +120,9 @@ def test_replace_checks_again() -> None:
         ("memory_budget", ["6GiB"], ["(list)"]),
         ("max_overhead", -0.1, ["max_overhead must be a number of at least 0", "-0.1", "use 0"]),
         ("max_overhead", math.nan, ["nan"]),
-        ("max_overhead", "0.5", ["'0.5' (str)", "drop the quotes"]),
+        ("max_overhead", "0.5", ["'0.5' (str)", "drop the quotes: max_overhead=0.5"]),
+        ("max_overhead", "35%", ["'35%' (str)", "write max_overhead=0.35"]),
+        ("max_overhead", "much", ["'much' (str)", "write for example max_overhead=0.35"]),
         ("max_overhead", True, ["True (bool)"]),
         ("max_overhead", None, ["None (NoneType)"]),
         ("axis", 0, ["the batch axis", "batch_chunks"]),
@@ -319,3 +321,11 @@ def test_budget_bytes(budget: Any, expected: object) -> None:
 @pytest.mark.parametrize(("given", "end"), [("rwos", '; did you mean "rows"?'), ("qqq", ""), (7, ""), (None, "")])
 def test_did_you_mean(given: object, end: str) -> None:
     assert did_you_mean(given, ["rows", "mode"]) == end
+
+
+@pytest.mark.parametrize("given", ["35%", "much", "%", "0.5"])
+def test_the_advice_for_a_fraction_is_itself_allowed(given: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RowConfig(max_overhead=given)  # type: ignore[arg-type]
+    value = str(caught.value).rpartition("max_overhead=")[2]
+    assert RowConfig(max_overhead=float(value)).max_overhead == float(value)

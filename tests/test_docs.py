@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lrcnn_lightning import LRCNNStrategy, RowwiseError, rowwise
+from lrcnn_lightning import LRCNNStrategy, RowwiseError, plan, rowwise
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
@@ -53,9 +53,19 @@ def test_python_code_compiles(document: Path) -> None:
         compile(code, f"{document.name}, block {number}", "exec")
 
 
+def test_the_source_distribution_has_what_the_readme_links_to() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    build = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["tool"]["hatch"]["build"]["targets"]
+    # The build itself adds the readme, the licence and its own file.
+    included = {*build["sdist"]["only-include"], "README.md", "LICENSE", "pyproject.toml"}
+    targets = {target for target in re.findall(r"\]\(([^)#\s]+)", README) if "://" not in target}
+    assert {"CHANGELOG.md", "CONTRIBUTING.md"} <= targets
+    assert {target.partition("/")[0] for target in targets} <= included
+
+
 def test_python_code_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     code = blocks(README, "python")
-    assert len(code) == 2
+    assert len(code) == 3
     for block in code:
         exec(compile(block, "README.md", "exec"), {})
     assert "plan: two_phase" in capsys.readouterr().out
@@ -165,6 +175,11 @@ class Narrow(nn.Module):
         return x[:, :1].expand(-1, 8, -1, -1)
 
 
+class Calls(Callback):
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        pl_module.backbone(torch.randn(1, 3, 32, 32))
+
+
 RAISED = {
     "row-wise module Branch": call(Branch(), mode="two_phase"),
     "row-wise module Masked": call(Masked(), mode="two_phase"),
@@ -172,6 +187,7 @@ RAISED = {
     "a gradient of a gradient": twice,
     "row-wise module Sequential: rows=64": call(network(), rows=64),
     "row-wise module Sequential: no plan fits": call(network(), (1, 3, 256, 256), memory_budget="64KiB"),
+    "Conv2d: the example has no tensor": lambda: plan(nn.Conv2d(3, 8, 3), (1, 3, 64, 64)),
     "Trainer(devices=2)": fit(network(), "lrcnn", devices=2),
     "Trainer(sync_batchnorm=True)": fit(network(), "lrcnn", sync_batchnorm=True),
     "backbone is compiled": fit(torch.compile(network())),
@@ -179,6 +195,10 @@ RAISED = {
 }
 WARNED = {
     "hooks inside": fit(hooked()),
+    "backbone was called outside": fit(network(), callbacks=[Calls()]),
+    "this batch fits without rows": fit(network()),
+    "row-wise module 'backbone' (Sequential): no plan was found": fit(network()),
+    "row-wise module 'backbone' (Sequential): segments=99": fit(network(), lambda: LRCNNStrategy(segments=99)),
     "strategy LRCNNStrategy: no submodule": fit(Narrow(), "lrcnn"),
 }
 ELSEWHERE = ("row-wise module RecursiveScriptModule",)

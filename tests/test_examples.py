@@ -176,6 +176,7 @@ def test_template_without_rows_and_with_a_name(template: Any) -> None:
     named = template("trainer.strategy=lrcnn_two_phase")
     assert named.strategy.plans["net"].mode == "two_phase"
     assert_same_training(named.lightning_module, plain.lightning_module)
+    assert type(template("+strategy=plain").strategy) is type(plain.strategy)
 
 
 def test_template_with_the_group_of_the_search_path(template: Any) -> None:

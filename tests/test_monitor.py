@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-import pickle
 import subprocess
 import sys
 import threading
@@ -629,9 +627,6 @@ def test_cuda_counts_as_the_processor_does() -> None:
     assert measured.peak_bytes == pytest.approx(expected.peak_bytes, rel=0.01)  # normalisation saves a little more
 
 
-# The Lightning callback
-
-
 def test_in_a_new_process() -> None:
     """Lightning is not imported, and the first measurement, during which torch imports itself, is like the second."""
     script = (
@@ -650,129 +645,3 @@ def test_unknown_names() -> None:
 
     with pytest.raises(AttributeError, match="no attribute 'Activation'"):
         monitor.Activation  # noqa: B018
-
-
-def test_without_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lrcnn_lightning import monitor
-
-    monkeypatch.setattr(monitor.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="needs Lightning"):
-        monitor._activation_memory_class()
-
-
-@pytest.mark.parametrize("steps", [-1, True, 1.0, "1", None])
-def test_steps_are_checked(steps: Any) -> None:
-    pytest.importorskip("lightning")
-    from lrcnn_lightning.monitor import ActivationMemory
-
-    with pytest.raises(ConfigError, match="steps must be an int of at least 0"):
-        ActivationMemory(steps=steps)
-
-
-def task(namespace: Any, fail_at: int = -1, skip_from: int = 10**6) -> Any:
-    """A LightningModule of three convolutions, whose loss is that of ``measure_module``."""
-
-    class Task(namespace.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = chain(3)
-
-        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-            return -1 if batch_idx >= skip_from else None
-
-        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            if batch_idx == fail_at:
-                raise RuntimeError("stop")
-            return self.net(batch).sum()
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.Adam(self.parameters(), foreach=False)
-
-    return Task()
-
-
-def fit(namespace: Any, module: Any, *callbacks: Any, tmp_path: Any, logger: Any = False, batches: int = 3) -> Any:
-    images = torch.randn(batches, 3, 8, 8)
-    trainer = namespace.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=logger,
-        callbacks=list(callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=tmp_path,
-    )
-    trainer.fit(module, torch.utils.data.DataLoader(images, batch_size=1))
-    return trainer
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["lightning.pytorch", "pytorch_lightning"])
-def test_callback_logs_the_first_steps(name: str, tmp_path: Any) -> None:
-    namespace = pytest.importorskip(name)
-    loggers = pytest.importorskip(f"{name}.loggers")
-    from lrcnn_lightning.monitor import ActivationMemory
-
-    logged: list[tuple[int | None, dict[str, float]]] = []
-
-    class Recorder(loggers.CSVLogger):  # type: ignore[name-defined, misc]
-        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-            logged.append((step, dict(metrics)))
-
-    callback = ActivationMemory(steps=2)
-    assert isinstance(callback, namespace.Callback)
-    trainer = fit(namespace, task(namespace), callback, tmp_path=tmp_path, logger=Recorder(tmp_path))
-
-    # Adam works on one weight at a time, and its state is not counted: the peak is that of the three maps.  The loss
-    # and its gradient are two numbers more, of which the first is still held when the peak is reached.
-    assert len(callback.peaks) == 2
-    assert all(3 * KB <= peak <= 3 * KB + 64 for peak in callback.peaks)
-    measured = [(step, metrics) for step, metrics in logged if "activation_memory_peak" in metrics]
-    assert [step for step, _ in measured] == [1, 2]
-    assert [metrics["activation_memory_peak"] for _, metrics in measured] == callback.peaks
-    assert all(metrics["process_memory_peak"] > 2**20 for _, metrics in measured)
-    assert "cuda_memory_peak" not in measured[0][1]
-    assert trainer.progress_bar_metrics["activation_memory_peak"] == max(callback.peaks)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_callback_leaves_training_alone(tmp_path: Any) -> None:
-    namespace = pytest.importorskip("lightning.pytorch")
-    from lrcnn_lightning.monitor import ActivationMemory
-
-    plain = task(namespace)
-    measured = copy.deepcopy(plain)
-    torch.manual_seed(1)
-    fit(namespace, plain, tmp_path=tmp_path)
-    torch.manual_seed(1)
-    fit(namespace, measured, ActivationMemory(steps=5), tmp_path=tmp_path)
-    for one, other in zip(plain.parameters(), measured.parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_callback_stops_measuring_after_an_error_and_after_a_skipped_batch(tmp_path: Any) -> None:
-    namespace = pytest.importorskip("lightning.pytorch")
-    from lrcnn_lightning.monitor import ActivationMemory
-
-    failing = ActivationMemory(steps=5)
-    with pytest.raises(RuntimeError, match="stop"):
-        fit(namespace, task(namespace, fail_at=1), failing, tmp_path=tmp_path)
-    assert len(failing.peaks) == 1
-    assert _get_current_dispatch_mode_stack() == []
-
-    skipping = ActivationMemory(steps=5)
-    fit(namespace, task(namespace, skip_from=2), skipping, tmp_path=tmp_path)
-    assert len(skipping.peaks) == 2
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_callback_measures_nothing_when_told_so_and_can_be_pickled(tmp_path: Any) -> None:
-    namespace = pytest.importorskip("lightning.pytorch")
-    from lrcnn_lightning.monitor import ActivationMemory
-
-    callback = pickle.loads(pickle.dumps(ActivationMemory(steps=0)))
-    trainer = fit(namespace, task(namespace), callback, tmp_path=tmp_path)
-    assert (callback.steps, callback.peaks) == (0, [])
-    assert "activation_memory_peak" not in trainer.progress_bar_metrics

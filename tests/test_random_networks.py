@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from lrcnn_lightning.plan.plan import Choices
+from lrcnn_lightning.plan.residency import KEEP, LEAN, STREAM, TRANSIENT
 from tests.networks import ACTIVATIONS, Network, Recipe, Step, make, result_shape
 from tests.oracle import KEEPINGS, MODES, assert_exact, no_gradient
 
@@ -154,7 +155,8 @@ def recipes(draw: Any, most: int = 9) -> Recipe:
 
 @st.composite
 def choices(draw: Any) -> list[Choices]:
-    """Each mode once, with any rows, segments and chunks."""
+    """Each mode once, with any rows, segments and chunks, and a few maps that live elsewhere than the rule says."""
+    residencies = st.dictionaries(st.integers(0, 60), st.sampled_from([KEEP, TRANSIENT, STREAM, LEAN]), max_size=4)
     return [
         Choices(
             mode,
@@ -162,6 +164,7 @@ def choices(draw: Any) -> list[Choices]:
             draw(st.integers(1, 4)),
             draw(st.integers(1, 3)),
             draw(st.sampled_from(KEEPINGS)),
+            exceptions=tuple(sorted(draw(residencies).items())),
         )
         for mode in MODES
     ]

@@ -165,10 +165,14 @@ def test_an_edited_plan_is_used_as_edited() -> None:
     first |= {"rows": 5, "keeping": "demand"}
     second |= {"mode": "overlap", "rows": 3}
     data["batch_chunks"] = 2
+    streamed = [name for name, residency in data["residency"].items() if residency == "stream"]
+    data["exceptions"] = {streamed[1]: "keep", streamed[-2]: "transient/stream"}
     assert_same_step(module, x, plan=data)
     ours = lrcnn_lightning.rowwise(module, plan=data)
     ours(x)[0].sum().backward()
-    assert ours.__dict__["forward"].training_plan.to_dict()["segments"] == [first, second]
+    used = ours.__dict__["forward"].training_plan.to_dict()
+    assert used["segments"] == [first, second] and used["exceptions"] == data["exceptions"]
+    assert {name: used["residency"][name] for name in used["exceptions"]} == used["exceptions"]
 
 
 def test_wrong_plans(tmp_path: Path) -> None:
@@ -181,6 +185,8 @@ def test_wrong_plans(tmp_path: Path) -> None:
         (data | {"segments": [data["segments"][0] | {"first": "elsewhere"}]}, "has no operation of that name"),
         (data | {"segments": [data["segments"][0] | {"rows": 0}]}, "rows 0; allowed are"),
         (data | {"segments": [data["segments"][0] | {"keeping": "all"}]}, "keeping 'all'; allowed are borders"),
+        (data | {"exceptions": {"nowhere": "keep"}}, "no map 'nowhere'"),
+        (data | {"exceptions": {"x": "kept"}}, "'x' is 'kept'; allowed are 'keep', 'transient', 'stream'"),
     ]
     for given, message in wrong:
         with pytest.raises(PlanError, match=message):

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lrcnn_lightning
 from lrcnn_lightning import ConfigError, LRCNNDDPStrategy, LRCNNStrategy, RowConfig
+from lrcnn_lightning.config import format_size
 from lrcnn_lightning.rowwise import RowwiseForward
 from lrcnn_lightning.strategy import NAMES, register
 
@@ -295,6 +296,13 @@ def test_a_wrong_option_is_refused() -> None:
         LRCNNStrategy(row=4)
     with pytest.raises(ConfigError, match=r"LRCNNDDPStrategy has no option 'find_unused_parameter'.*did you mean"):
         LRCNNDDPStrategy(find_unused_parameter=True)
+    for kind, given, advice in (
+        (LRCNNStrategy, "two_phase", r"LRCNNStrategy\(mode='two_phase'\)"),
+        (LRCNNDDPStrategy, 4, r"LRCNNDDPStrategy\(rows=4\)"),
+        (LRCNNStrategy, torch.device("cpu"), r"LRCNNStrategy\(device=device\(type='cpu'\)\)"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^{kind.__name__} takes options by name only .*write .*{advice}$"):
+            kind(given)
     assert LRCNNDDPStrategy(find_unused_parameters=True, rows=2)._ddp_kwargs == {"find_unused_parameters": True}
 
 
@@ -640,9 +648,23 @@ def test_the_first_step_reports_what_runs_row_wise(monkeypatch: pytest.MonkeyPat
     trainer, _ = fit(LRCNNStrategy(**ROWWISE[0]), Partly)
     assert len(messages) == 1
     plan = trainer.strategy.plans["body"]
-    assert "body (Sequential): two_phase, 4 rows, activation peak" in messages[0]
+    segments = sum(not segment.plain for segment in plan.segments)
+    assert f"body (Sequential): two_phase, 4 rows, {segments} segment" in messages[0]
+    assert "1 batch chunk; activation peak" in messages[0]
+    assert f"{format_size(plan.peak_bytes)} predicted" in messages[0]
+    assert f"(plain PyTorch {format_size(plan.plain_peak_bytes)})" in messages[0]
     assert f"extra work {100 * plan.overhead:+.0f} % predicted" in messages[0]
-    assert "runs whole: aten.flip.default at body.8, aten.cumsum.default at body.8" in messages[0]
+    reason = "(4.50 KiB; its row rule does not hold for what arrives)"
+    assert f"runs whole: aten.flip.default at body.8 {reason}, aten.cumsum.default at body.8 {reason}" in messages[0]
+
+    messages.clear()
+    fit(LRCNNStrategy(**ROWWISE[0]))
+    assert messages[0].endswith("nothing runs whole")
+
+    messages.clear()
+    Trainer(strategy=LRCNNStrategy(**ROWWISE[0]), **QUIET).predict(Task(), loader())
+    assert len(messages) == 1
+    assert "body (Sequential) without gradients: two_phase, 4 rows" in messages[0]
 
     messages.clear()
     fit("lrcnn")

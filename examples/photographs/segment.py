@@ -110,7 +110,8 @@ def main(
 ) -> Segmenter:
     seed_everything(0, verbose=False)
     model = Segmenter(photograph.border, channels)
-    memory = ActivationMemory()
+    # Drawn beside the segmentation, if that is drawn.
+    memory = ActivationMemory(picture=None if picture is None else picture.absolute().with_name("memory.png"))
     trainer = Trainer(
         strategy=strategy,
         devices=1,
@@ -130,7 +131,7 @@ def main(
     print(f"activation memory of a step: {memory.peaks[0] / 2**20:.1f} MiB")
     if picture is not None:
         draw(photograph, prediction[0], score, picture)
-        print(f"picture: {picture}")
+        print(f"pictures: {picture} and {memory.picture_path}")
     return model
 
 

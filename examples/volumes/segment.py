@@ -97,7 +97,7 @@ def main(
 ) -> VesselSegmenter:
     seed_everything(0, verbose=False)
     model = VesselSegmenter(channels)
-    memory = ActivationMemory()
+    memory = ActivationMemory(picture="outputs/memory.png")
     trainer = Trainer(
         strategy=strategy,
         devices=1,

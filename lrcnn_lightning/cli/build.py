@@ -71,13 +71,15 @@ def build_all(node: DictConfig | None) -> list[Any]:
 def strategy_options(config: DictConfig) -> dict[str, Any]:
     """Read the options of group ``strategy`` as keyword arguments of ``rowwise`` and ``plan``.
 
+    A strategy without the option ``mode`` is that of plain PyTorch.
+
     Args:
         config: the whole configuration.
 
     Raises:
         ConfigError: if the strategy is plain PyTorch, which has no options.
     """
-    if config.strategy.get("_target_") is None:
+    if config.strategy is None or "mode" not in config.strategy:
         raise ConfigError("strategy=plain has no plan; choose strategy=auto, strategy=two_phase or strategy=overlap")
     options = OmegaConf.to_container(config.strategy, resolve=True)
     assert isinstance(options, dict)  # a DictConfig always gives a dict

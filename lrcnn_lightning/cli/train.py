@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -53,7 +54,8 @@ def train(config: DictConfig) -> float | None:
         ConfigError: for an option that is not allowed.
     """
     # What is quick to refuse comes first: no network is made for a mistyped option.
-    strategy = build(config.strategy)
+    strategy: Any = build(config.strategy) or "auto"
+    by_rows = not isinstance(strategy, str)  # strategy=plain gives Lightning a name to choose by
     data: LightningDataModule = build(config.data)
     seed_everything(config.seed, workers=True, verbose=False)
     task: LightningModule = build(
@@ -65,7 +67,7 @@ def train(config: DictConfig) -> float | None:
     timer = StepTimer()
     trainer: Trainer = build(
         config.trainer,
-        strategy="auto" if strategy is None else strategy,
+        strategy=strategy,
         callbacks=[*build_all(config.callbacks), timer],
         logger=build_all(config.logger) or False,
     )
@@ -87,10 +89,10 @@ def train(config: DictConfig) -> float | None:
             value=value,
             fit_seconds=fit_seconds,
             step_seconds=timer.median,
-            options=None if strategy is None else strategy_options(config),
+            options=strategy_options(config) if by_rows else None,
             measure_steps=config.measure_steps,
         )
-        summary.show({} if strategy is None else strategy.plans)
+        summary.show(strategy.plans if by_rows else {})
         folder = Path(HydraConfig.get().runtime.output_dir)
         summary.save(folder)
         print(f"output: {folder}")

@@ -3,9 +3,10 @@
 The graph is plain data.  It can be printed and tested without a plan or an engine.
 """
 
-from lrcnn_lightning.graph.capture import CUMULATIVE, capture
+from lrcnn_lightning.graph.capture import CUMULATIVE, capture, under_autocast
 from lrcnn_lightning.graph.functional import dependent_values
 from lrcnn_lightning.graph.graph import Context, Graph, Node, Ref, Value, ValueKind, map_refs, references
+from lrcnn_lightning.graph.rehearsal import own_error
 from lrcnn_lightning.graph.structure import Structure, take_apart
 from lrcnn_lightning.graph.synchronised import SYNC_BATCH_NORM, processes
 
@@ -22,7 +23,9 @@ __all__ = [
     "capture",
     "dependent_values",
     "map_refs",
+    "own_error",
     "processes",
     "references",
     "take_apart",
+    "under_autocast",
 ]

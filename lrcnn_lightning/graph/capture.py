@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule
 from torch.fx import Node as FxNode
@@ -29,7 +31,7 @@ from lrcnn_lightning.graph.graph import Context, Graph, Node, Ref, Value, ValueK
 from lrcnn_lightning.graph.structure import Structure, take_apart
 from lrcnn_lightning.graph.synchronised import recorded_sync_batch_norms
 
-__all__ = ["CUMULATIVE", "capture"]
+__all__ = ["CUMULATIVE", "capture", "under_autocast"]
 
 CUMULATIVE = -1.0
 """The momentum in the graph of a normalisation whose running statistics are averages over all batches so far."""
@@ -54,6 +56,7 @@ def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
     devices = [tensor.device for _, tensor in tensors if tensor.is_cuda]
     _refuse_unknown(leaves, "it takes")
     results = _Results()
+    widened = [_is_widened(tensor) for _, tensor in tensors]
     try:
         with (
             torch.random.fork_rng(devices=devices),
@@ -65,7 +68,7 @@ def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
             recorded_sync_batch_norms(module),
             _quietly(),
         ):
-            examples = tuple(_example(tensor) for _, tensor in tensors)
+            examples = tuple(_example(tensor, wide) for (_, tensor), wide in zip(tensors, widened, strict=True))
             with _of_tensors_alone(module, leaves, structure, results):
                 program = torch.export.export(module, examples, strict=False)
     except (torch.OutOfMemoryError, CaptureError):
@@ -164,11 +167,30 @@ def _quietly() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _example(tensor: torch.Tensor) -> torch.Tensor:
-    """A stand-in with the metadata of ``tensor`` and no history (the trace reads shapes only)."""
+def _example(tensor: torch.Tensor, widened: bool) -> torch.Tensor:
+    """A stand-in with the metadata of ``tensor`` and no history (the trace reads shapes only).
+
+    The trace runs without autocast, where a map that autocast has made does not fit the module's parameters: it stands
+    in as float32, without data.
+    """
+    if widened:
+        shape, strides, device = tensor.shape, tensor.stride(), tensor.device
+        with detect_fake_mode() or FakeTensorMode(allow_non_fake_inputs=True):
+            made = torch.empty_strided(shape, strides, dtype=torch.float32, device=device)
+        return made.requires_grad_(tensor.requires_grad)
     if tensor.is_inference():  # the trace refuses these; only their metadata matters
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def under_autocast(device: torch.device) -> bool:
+    """Whether autocast chooses the dtypes of operations on a device; some, such as ``meta``, it does not know."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _is_widened(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has fewer bits than float32 while autocast chooses those that each operation reads."""
+    return tensor.dtype in (torch.float16, torch.bfloat16) and under_autocast(tensor.device)
 
 
 class _Reader:

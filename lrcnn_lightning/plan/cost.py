@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from lrcnn_lightning.graph import Value
 from lrcnn_lightning.plan.halos import Span
 from lrcnn_lightning.plan.loop import BackwardPass, Loop
+from lrcnn_lightning.plan.machine import CPU, Machine
+from lrcnn_lightning.plan.memory import Memory
 from lrcnn_lightning.plan.program import (
     BackwardRows,
     BackwardWhole,
@@ -27,44 +27,13 @@ from lrcnn_lightning.plan.program import (
     SegmentProgram,
     Sweep,
 )
-from lrcnn_lightning.rules import Role, RowGraph, RowRule
+from lrcnn_lightning.plan.retained import VIEWS, bytes_of, extra_bytes, retains
+from lrcnn_lightning.plan.work import Work, is_large, is_parameter
+from lrcnn_lightning.rules import RowGraph, RowRule
 
-__all__ = ["CPU", "Cost", "Machine", "Memory", "PeakMemory", "plain_cost", "program_cost"]
+__all__ = ["Cost", "program_cost"]
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Nominal speeds. Only their ratios matter, since work is compared with plain work.
-
-    The default is a CPU with few cores. There a large result costs far more a byte than a small one: its memory comes
-    fresh from the operating system, page by page, where that of a slab is the one of the slab before.
-    """
-
-    operations_a_second: float = 300e9
-    bytes_a_second: float = 20e9
-    convolved_bytes_a_second: float = 7e9
-    """Of the operands and results of a convolution, which are laid out anew."""
-    large_bytes: float = 32 * 2**20
-    """From this size on a result is fresh memory."""
-    fresh_bytes_a_second: float = 2.8e9
-    seconds_a_call: float = 12e-6
-    seconds_a_slab: float = 350e-6
-    """Of a call on a slab, with the cutting, carrying and dropping around it."""
-
-    @staticmethod
-    def of(device: torch.device) -> Machine:
-        """The nominal machine of a device: on a GPU all memory is equally near, and a call costs relatively more.
-
-        Planning on the ``meta`` device is for the GPU, if there is one.
-        """
-        if device.type == "cpu" or (device.type == "meta" and not torch.cuda.is_available()):
-            return CPU
-        return Machine(40e12, 2e12, 2e12, float("inf"), 2e12, 8e-6, 60e-6)
-
-
-CPU = Machine()
 
 
 @dataclass(frozen=True)
@@ -79,203 +48,12 @@ class Cost:
     """The number of the segment that is run, forward or backward, when the peak is reached."""
 
 
-class Memory:
-    """Live bytes by key, and their peak. A key is a tuple whose first entry names a family."""
-
-    def __init__(self) -> None:
-        self.live = 0
-        self.peak = 0
-        self.timeline: list[int] = []
-        """Live bytes after each allocation."""
-        self._families: dict[str, dict[tuple[Any, ...], int]] = {}
-
-    def allocate(self, key: tuple[Any, ...], size: float) -> None:
-        """A tensor under a key that is not in use; under one in use, nothing happens."""
-        family = self._families.setdefault(key[0], {})
-        if key in family:
-            return
-        family[key] = int(size)
-        self.live += int(size)
-        self.peak = max(self.peak, self.live)
-        self.timeline.append(self.live)
-
-    def free(self, key: tuple[Any, ...]) -> None:
-        """Drop it, if it is there."""
-        family = self._families.get(key[0])
-        if family:
-            self.live -= family.pop(key, 0)
-
-    def free_all(self, name: str, first: str | None = None) -> None:
-        """Drop a family, or its keys whose second entry is ``first`` or begins with ``first`` and a dot."""
-        family = self._families.get(name, {})
-        chosen = [k for k in family if first is None or k[1] == first or k[1].startswith(f"{first}.")]
-        for key in chosen:
-            self.live -= family.pop(key)
-
-    def free_matching(self, name: str, entries: tuple[Any, ...]) -> None:
-        """Drop the keys of a family that go on with ``entries``."""
-        family = self._families.get(name, {})
-        for key in [k for k in family if k[1 : 1 + len(entries)] == entries]:
-            self.live -= family.pop(key)
-
-    def touch(self, size: float) -> None:
-        """A tensor that lives for an instant."""
-        self.peak = max(self.peak, self.live + int(size))
-
-    def __contains__(self, key: tuple[Any, ...]) -> bool:
-        return key in self._families.get(key[0], {})
-
-
-class PeakMemory(Memory):
-    """Also remembers what is live at the peak: key -> bytes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.at_peak: dict[tuple[Any, ...], int] = {}
-
-    def allocate(self, key: tuple[Any, ...], size: float) -> None:
-        before = self.peak
-        super().allocate(key, size)
-        if self.peak > before:
-            self.at_peak = {key: size for family in self._families.values() for key, size in family.items()}
-
-
-# What autograd saves, by operation: inputs, the result, both, or neither. Anything else: the inputs.
-_SAVES_RESULT = {
-    aten.relu.default,
-    aten.sigmoid.default,
-    aten.tanh.default,
-    aten.exp.default,
-    aten.sqrt.default,
-    aten.rsqrt.default,
-    aten.softmax.int,
-    aten.log_softmax.int,
-    aten.reciprocal.default,
-}
-_SAVES_NOTHING = {
-    aten.add.Tensor,
-    aten.sub.Tensor,
-    aten.cat.default,
-    aten.stack.default,
-    aten.view.default,
-    aten.reshape.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.flatten.using_ints,
-    aten.unsqueeze.default,
-    aten.slice.Tensor,
-    aten.split.Tensor,
-    aten.chunk.default,
-    aten.split_with_sizes.default,
-    aten.pad.default,
-    aten.constant_pad_nd.default,
-    aten.expand.default,
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.to.dtype,
-    aten.avg_pool2d.default,
-    aten.neg.default,
-    aten.add.Scalar,
-    aten.div.Scalar,
-    aten.mul.Scalar,
-    aten.pixel_shuffle.default,
-    aten.pixel_unshuffle.default,
-}
-_VIEWS = {
-    aten.view.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.unsqueeze.default,
-    aten.slice.Tensor,
-    aten.split.Tensor,
-    aten.chunk.default,
-    aten.split_with_sizes.default,
-    aten.expand.default,
-    aten.select.int,
-    aten.flatten.using_ints,
-    aten.reshape.default,
-    aten.detach.default,
-    aten.alias.default,
-    aten.contiguous.default,
-    aten.dropout.default,
-}
-
-
-class _Model:
-    """Sizes and work of the nodes of a graph."""
-
-    def __init__(self, graph: RowGraph, machine: Machine, seconds_a_call: float) -> None:
-        self.graph, self.machine, self.seconds_a_call = graph, machine, seconds_a_call
-
-    def bytes_of(self, value: int, rows: int, samples: int) -> float:
-        """Bytes of a slab."""
-        info = self.graph.values[value]
-        size = float(info.bytes)
-        if self.graph.height(value):
-            size *= rows / self.graph.height(value)
-        if self.graph.samples(value):
-            size *= samples / self.graph.samples(value)
-        return size
-
-    def operations(self, position: int) -> float:
-        """Multiplications and additions of a node on full maps, forward."""
-        node = self.graph.nodes[position]
-        name = str(node.op)
-        out = self.graph.values[node.outputs[0]] if node.outputs else None
-        if out is None:
-            return 0.0
-        if "conv" in name and len(node.inputs) > 1:
-            weight: Value = self.graph.values[node.args[1].index]
-            per_output = weight.elements / max(weight.shape[0], 1)
-            if "transpose" in name:
-                source: Value = self.graph.values[node.args[0].index]
-                return 2.0 * source.elements * weight.elements / weight.shape[0]
-            return 2.0 * out.elements * per_output
-        if "linear" in name or "matmul" in name:
-            features: int = self.graph.values[node.args[0].index].shape[-1]
-            return 2.0 * out.elements * features
-        return float(out.elements)
-
-    def moved(self, position: int) -> float:
-        """Bytes read and written by a node on full maps."""
-        node = self.graph.nodes[position]
-        if node.op in _VIEWS:
-            return 0.0
-        return float(sum(self.graph.values[i].bytes for i in (*node.inputs, *node.outputs)))
-
-    def seconds(self, position: int, share: float, times: float = 1.0) -> float:
-        """Time of a node on a share of its map."""
-        machine, node = self.machine, self.graph.nodes[position]
-        convolves = "conv" in str(node.op)
-        arithmetic = self.operations(position) / machine.operations_a_second
-        traffic = self.moved(position) / (machine.convolved_bytes_a_second if convolves else machine.bytes_a_second)
-        if node.op not in _VIEWS:
-            made = sum(self.graph.values[o].bytes for o in node.outputs)
-            traffic += made / machine.fresh_bytes_a_second if made * share >= machine.large_bytes else 0.0
-        return times * share * (arithmetic + traffic) + self.seconds_a_call
-
-    def saved(self, position: int) -> tuple[bool, bool]:
-        """Whether autograd saves the inputs, and the result, of a node."""
-        operation = self.graph.nodes[position].op
-        if operation in _SAVES_RESULT:
-            return False, True
-        return operation not in _SAVES_NOTHING, False
-
-    def extra_saved(self, position: int, rows: int, samples: int) -> float:
-        """Bytes saved beside inputs and result: the indices of maximum pooling."""
-        node = self.graph.nodes[position]
-        if "max_pool" in str(node.op):
-            info = self.graph.values[node.outputs[0]]
-            return self.bytes_of(node.outputs[0], rows, samples) / info.dtype.itemsize * 8
-        return 0.0
-
-
 class _Simulation:
     """Walks a program's schedule."""
 
     def __init__(self, graph: RowGraph, differentiable: Collection[int], machine: Machine) -> None:
         self.graph, self.differentiable = graph, differentiable
-        self.model = _Model(graph, machine, machine.seconds_a_slab)
+        self.work = Work(graph, machine, machine.seconds_a_slab)
         self.memory = Memory()
         self.seconds = 0.0
 
@@ -297,7 +75,7 @@ class _Simulation:
     def _whole(self, position: int) -> None:
         for output in self.graph.nodes[position].outputs:
             self.memory.allocate(("map", output), self.graph.values[output].bytes)
-        self.seconds += self.model.seconds(position, 1.0)
+        self.seconds += self.work.forward(position)
 
     def rows(self, loop: Loop, kept_carries: Collection[int], stored: bool) -> None:
         """The forward pass of a loop."""
@@ -318,12 +96,17 @@ class _Simulation:
                             after = following.spans[position]
                             if after.lo < after.new:
                                 key = ("keep" if position in kept_carries else "carry", loop.name, chunk, r, value)
-                                size = self.model.bytes_of(value, after.new - after.lo, samples)
+                                size = bytes_of(self.graph, value, after.new - after.lo, samples)
                                 memory.allocate(key, size * times * alike if key[0] == "keep" else size)
                         if stored and value in loop.stored:
                             full = graph.values[value].bytes
                             if len(loop.rows) * len(loop.chunks) > 1 or ("slab", value) not in memory:
+                                if ("map", value) not in memory:
+                                    self.seconds += self.work.fresh(full)
                                 memory.allocate(("map", value), full)
+                                self.seconds += self.work.traffic(
+                                    bytes_of(graph, value, span.computed.length, samples), 2
+                                )
                             else:
                                 memory.free(("slab", value))
                                 memory.allocate(("map", value), full)
@@ -345,7 +128,8 @@ class _Simulation:
         for position in loop.reductions:
             for output in graph.nodes[position].outputs:
                 memory.allocate(("map", output), graph.values[output].bytes)
-            self.seconds += self.model.seconds(position, 1.0)
+            calls = len(loop.rows) * len(loop.chunks)
+            self.seconds += self.work.forward(position) + (calls - 1) * self.work.seconds_a_call
 
     def _drop_carries(self, loop: Loop, chunk: int, r: int, graph: RowGraph) -> None:
         for position in loop.nodes:
@@ -354,25 +138,25 @@ class _Simulation:
 
     def _make(self, position: int, span: Span, samples: int, hollow: bool = False) -> None:
         """Allocate what a node makes on one row."""
-        graph, memory, model = self.graph, self.memory, self.model
+        graph, memory = self.graph, self.memory
         node = graph.nodes[position]
         if span.computed.empty or hollow:
             return
         rule = graph.rules[position]
         assert isinstance(rule, RowRule)
         for value in node.outputs:
-            view = node.op in _VIEWS
+            view = node.op in VIEWS
             has_carry = span.lo < span.new
-            size = 0.0 if view else model.bytes_of(value, span.computed.length, samples)
+            size = 0.0 if view else bytes_of(graph, value, span.computed.length, samples)
             memory.allocate(("fresh" if has_carry else "slab", value), size)
             if has_carry:
-                memory.allocate(("slab", value), model.bytes_of(value, span.hi - span.lo, samples))
+                memory.allocate(("slab", value), bytes_of(graph, value, span.hi - span.lo, samples))
         padded = getattr(rule, "geometry", None)
         if padded is not None and padded.symmetric(span.computed) is None:
             above, below = padded.missing(span.computed)
             rows = padded.needed(span.computed).length + above + below
-            memory.touch(model.bytes_of(node.inputs[0], rows, samples))
-        self.seconds += model.seconds(position, self._share(node.outputs[0], span.computed.length, samples))
+            memory.touch(bytes_of(graph, node.inputs[0], rows, samples))
+        self.seconds += self.work.forward(position, self._share(node.outputs[0], span.computed.length, samples))
 
     # --------------------------------------------------------------- backward
 
@@ -405,9 +189,9 @@ class _Simulation:
         size = sum(self.graph.values[o].bytes for o in node.outputs)
         self.memory.touch(size)
         for index in node.inputs:
-            if index in self.differentiable and not _is_parameter(self.graph, index):
+            if index in self.differentiable and not is_parameter(self.graph, index):
                 self.memory.allocate(("gradient", index), self.graph.values[index].bytes)
-        self.seconds += self.model.seconds(position, 1.0, 3.0)
+        self.seconds += self.work.forward(position) + self.work.backward(position, 1.0, 2, 1)
 
     def _pass(self, run: BackwardPass, dropped: str | None) -> None:
         for chunk, times in _sampled(len(run.loop.chunks)):
@@ -427,7 +211,7 @@ class _Simulation:
             self.seconds += (times - 1) * (self.seconds - before)
         for value in run.wholes:
             # What becomes the gradient of a parameter is no activation memory.
-            if not _is_parameter(self.graph, value):
+            if not is_parameter(self.graph, value):
                 self.memory.allocate(("gradient", value), self.graph.values[value].bytes)
 
     def _drop_kept(self, loop: str, chunk: int, r: int) -> None:
@@ -435,7 +219,7 @@ class _Simulation:
         self.memory.free_matching("keep", (loop, chunk, r))
 
     def _backward_row(self, run: BackwardPass, chunk: int, r: int, handed: dict[int, float]) -> dict[int, float]:
-        graph, memory, model = self.graph, self.memory, self.model
+        graph, memory = self.graph, self.memory
         loop, row = run.loop, run.loop.rows[r]
         samples = loop.chunks[chunk].length
         waiting = _waiting(graph, run.nodes)
@@ -451,19 +235,20 @@ class _Simulation:
             hollow = position in run.hollow
             self._make(position, span, samples, hollow)
             if position in run.differentiated and not span.computed.empty:
-                saves_inputs, saves_result = model.saved(position)
+                saves_inputs, saves_result = retains(node)
                 saved = [i for i in node.inputs if graph.is_map(i)] if saves_inputs else []
                 saved += list(node.outputs) if saves_result and not hollow else []
                 for value in saved:
                     hold(value)
                 saved_by[position] = saved
-                extra = model.extra_saved(position, span.computed.length, samples)
+                extra = extra_bytes(graph, position, span.computed.length, samples)
                 if extra:
                     memory.allocate(("extra", position), extra)
                 for value in node.outputs:
                     if value in injected and not row.owned[value].empty:
-                        size = model.bytes_of(value, row.owned[value].length, samples)
+                        size = bytes_of(graph, value, row.owned[value].length, samples)
                         memory.allocate(("seed", value), size)
+                        self.seconds += self.work.traffic(size, 5)  # made, and added to what comes from elsewhere
             for value in (*node.inputs, *node.outputs):
                 if value in node.inputs:
                     waiting[value] -= 1
@@ -484,28 +269,27 @@ class _Simulation:
             needed = rule.needed(span.computed)
             for value in node.outputs:
                 memory.free(("handed", value))
-            weights = [
-                i for i in node.inputs if not graph.is_map(i) and i in run.wholes and graph.values[i].elements > 4096
-            ]
-            times = 0.0
+            weights = [i for i in node.inputs if not graph.is_map(i) and i in run.wholes and is_large(graph, i)]
+            wanted = len(weights)
             for index in weights:
                 memory.touch(graph.values[index].bytes)  # added to the sum at once
-                times += 1
             for index in node.inputs:
                 if not graph.is_map(index) or index not in self.differentiable:
                     continue
                 producer = graph.producer.get(index)
                 if index not in run.maps and producer not in run.differentiated:
                     continue
-                size = model.bytes_of(index, needed.length, samples)
-                if node.op in _VIEWS or node.op in (aten.add.Tensor, aten.cat.default):
+                size = bytes_of(graph, index, needed.length, samples)
+                if node.op in VIEWS or node.op in (aten.add.Tensor, aten.cat.default):
                     size = 0.0 if node.op is not aten.cat.default else size
                 key = ("slab gradient", index)
                 if key in memory:
                     memory.touch(size)
                 memory.allocate(key, size)
                 alive[index] = size
-                times += 1
+                wanted += 1
+                if index in run.maps:
+                    self.seconds += self.work.traffic(size, 3)  # added to the gradient map
             for value in node.outputs:
                 memory.free(("slab gradient", value))
                 memory.free(("seed", value))
@@ -515,16 +299,18 @@ class _Simulation:
                     memory.free(("slab", value))
             memory.free(("extra", position))
             share = self._share(node.outputs[0], span.computed.length, samples)
-            self.seconds += model.seconds(position, share, max(times, 1.0))
+            self.seconds += self.work.backward(position, share, wanted, len(weights))
         result: dict[int, float] = {}
         for position in run.nodes:
             span = row.spans[position]
             if position in run.differentiated and span.lo < span.new:
                 for value in graph.nodes[position].outputs:
-                    size = model.bytes_of(value, span.new - span.lo, samples)
+                    size = bytes_of(graph, value, span.new - span.lo, samples)
                     memory.allocate(("handed", value), size)
                     result[value] = size
         for index in run.maps:
+            if ("gradient", index) not in memory:
+                self.seconds += self.work.fresh(graph.values[index].bytes)
             memory.allocate(("gradient", index), graph.values[index].bytes)
         memory.free_all("slab gradient")
         memory.free_all("slab")
@@ -552,10 +338,6 @@ def _waiting(graph: RowGraph, nodes: Sequence[int]) -> dict[int, int]:
         for value in graph.nodes[position].inputs:
             counts[value] = counts.get(value, 0) + 1
     return counts
-
-
-def _is_parameter(graph: RowGraph, index: int) -> bool:
-    return graph.values[index].kind.value in ("parameter", "buffer")
 
 
 def program_cost(
@@ -594,77 +376,3 @@ def program_cost(
             else:
                 simulation.backward(segment, {index for earlier in segments[:number] for index in earlier.kept})
     return Cost(memory.peak, simulation.seconds, tuple(memory.timeline), peaks.get(memory.peak, 0))
-
-
-def _shared_memory(graph: RowGraph, positions: Sequence[int]) -> list[int]:
-    """For each value the one whose memory it is, in plain execution: views and results of in-place operations share."""
-    memory_of = list(range(len(graph.values)))
-    for position in positions:
-        node = graph.nodes[position]
-        if (node.in_place or node.op in _VIEWS) and node.inputs and node.inputs[0] in graph.producer:
-            for output in node.outputs:
-                memory_of[output] = memory_of[node.inputs[0]]
-    return memory_of
-
-
-def plain_cost(graph: RowGraph, differentiable: Collection[int], machine: Machine = CPU) -> Cost:
-    """The cost of one step of plain, column-centric execution: what autograd saves stays until it is used."""
-    model = _Model(graph, machine, machine.seconds_a_call)
-    memory = Memory()
-    seconds = 0.0
-    holders: dict[int, int] = {}
-    saved_by: dict[int, list[int]] = {}
-    rest = [p for p in range(len(graph.nodes)) if graph.roles[p] is not Role.PROLOGUE]
-    memory_of = _shared_memory(graph, rest)
-    returned = {memory_of[value] for value in graph.graph.output_values()}
-    waiting: dict[int, int] = {}
-    for value, readers in graph.readers.items():
-        waiting[memory_of[value]] = waiting.get(memory_of[value], 0) + len(readers)
-    for position in rest:
-        node = graph.nodes[position]
-        for value in node.outputs:
-            if memory_of[value] == value:
-                memory.allocate(("map", value), graph.values[value].bytes)
-        seconds += model.seconds(position, 1.0)
-        if any(o in differentiable for o in node.outputs):
-            inputs, result = model.saved(position)
-            saved = [i for i in node.inputs if i in graph.producer] if inputs else []
-            saved += list(node.outputs) if result else []
-            saved = [memory_of[value] for value in saved]
-            saved_by[position] = saved
-            for value in saved:
-                holders[value] = holders.get(value, 0) + 1
-            samples = graph.samples(node.outputs[0]) or 1
-            extra = model.extra_saved(position, graph.height(node.outputs[0]) or 1, samples)
-            if extra:
-                memory.allocate(("extra", position), extra)
-        for value in node.inputs:
-            waiting[memory_of[value]] -= 1
-        for value in {memory_of[value] for value in (*node.inputs, *node.outputs)}:
-            if not waiting[value] and not holders.get(value) and value not in returned:
-                memory.free(("map", value))
-    for value in returned:
-        if not holders.get(value):
-            memory.free(("map", value))
-    for position in reversed(rest):
-        node = graph.nodes[position]
-        if not any(o in differentiable for o in node.outputs):
-            continue
-        times = 0.0
-        for index in node.inputs:
-            if index not in differentiable:
-                continue
-            times += 1
-            if graph.values[index].kind.value == "parameter":
-                continue
-            free_of_cost = node.op in _VIEWS or node.op is aten.add.Tensor
-            memory.allocate(("gradient", index), 0 if free_of_cost else graph.values[index].bytes)
-        for value in node.outputs:
-            memory.free(("gradient", value))
-        for value in saved_by.get(position, []):
-            holders[value] -= 1
-            if not holders[value]:
-                memory.free(("map", value))
-        memory.free(("extra", position))
-        seconds += model.seconds(position, 1.0, max(times, 1.0))
-    return Cost(memory.peak, seconds, tuple(memory.timeline))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lrcnn_lightning.config import RowConfig, format_size
-from lrcnn_lightning.plan.cost import Machine
+from lrcnn_lightning.plan.machine import Machine
 from lrcnn_lightning.plan.plan import Choices, build_plan, plain_plan
 from lrcnn_lightning.plan.search import search_plans
 from lrcnn_lightning.rules import RowGraph

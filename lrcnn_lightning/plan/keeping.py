@@ -10,14 +10,17 @@ into many levels. Then
                                                                     whole) or TRANSIENT (one recomputation less)
     read in a later level (the shortcut of a residual block)        TRANSIENT
     anything else (normalised maps, activations)                    STREAM
+
+These are where the planner begins. Single maps are then excepted from the rule where that pays: kept, because much is
+computed again for want of few bytes, or not kept, because they are many bytes and cheap to compute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, get_args
 
-from lrcnn_lightning.plan.residency import KEEP, STREAM, TRANSIENT, Residencies, Residency
+from lrcnn_lightning.plan.residency import KEEP, LEAN, STREAM, TRANSIENT, Residencies, Residency
 from lrcnn_lightning.rules import Role, RowGraph
 
 __all__ = ["KEEPINGS", "Keeping", "choose_residencies"]
@@ -34,9 +37,16 @@ _WIDE = 1.5
 
 
 def choose_residencies(
-    graph: RowGraph, nodes: Sequence[int], outputs: Collection[int], keeping: Keeping = "lean"
+    graph: RowGraph,
+    nodes: Sequence[int],
+    outputs: Collection[int],
+    keeping: Keeping = "lean",
+    exceptions: Mapping[int, Residency] | None = None,
 ) -> Residencies:
-    """Residencies of the maps that rows make in ``nodes``."""
+    """Residencies of the maps that rows make in ``nodes``: by the rule, but for ``exceptions``.
+
+    A segment's outputs are kept, and a map that a whole operation reads exists, whatever the exceptions say.
+    """
     inside = set(nodes)
     level = _levels(graph, nodes)
     result: Residencies = {}
@@ -48,12 +58,15 @@ def choose_residencies(
             reduced = any(graph.roles[r] is Role.REDUCE for r in readers)
             later = any(level[r] > level[position] for r in readers if graph.roles[r] is Role.ROW)
             whole = any(graph.roles[r] is Role.WHOLE for r in readers)
-            if value in outputs or (
+            excepted = (exceptions or {}).get(value)
+            if excepted is not None and value not in outputs and not (whole and excepted != KEEP):
+                result[value] = excepted
+            elif value in outputs or (
                 reduced and later and keeping in ("narrow", "lean") and not _wide(graph, value, result)
             ):
                 result[value] = KEEP
             elif reduced and later and keeping == "lean" and not whole:
-                result[value] = Residency("transient", "stream")
+                result[value] = LEAN
             elif later or whole:
                 result[value] = TRANSIENT
             else:

@@ -9,15 +9,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrcnn_lightning.plan.cost import CPU, Cost, Machine, plain_cost, program_cost
+from lrcnn_lightning.plan.cost import Cost, program_cost
 from lrcnn_lightning.plan.keeping import Keeping, choose_residencies
 from lrcnn_lightning.plan.loop import Loop
+from lrcnn_lightning.plan.machine import CPU, Machine
+from lrcnn_lightning.plan.plain import plain_cost
 from lrcnn_lightning.plan.program import ProgramBuilder, RunRows, SegmentProgram
-from lrcnn_lightning.plan.residency import Residencies
+from lrcnn_lightning.plan.residency import Residencies, Residency
 from lrcnn_lightning.plan.segments import differentiable_values, segment_borders, stretches
 from lrcnn_lightning.rules import Interval, Role, RowGraph, RowRule
 
 if TYPE_CHECKING:
+    from lrcnn_lightning.plan.notes import Note
     from lrcnn_lightning.plan.saved import SavedPlan
     from lrcnn_lightning.plan.schedule import Instruction
 
@@ -41,7 +44,8 @@ class Choices:
     ``rows`` and ``segments`` are positive numbers, ``mode`` a halo policy by its paper's name (``two_phase`` or
     ``overlap``), ``keeping`` what is kept of the inputs of normalisations (`keeping.choose_residencies`). ``parts``,
     where there are any, say for each segment where it begins and what holds in it; the numbers before are then only
-    those of the plan at large.
+    those of the plan at large. ``exceptions`` are maps (values of the graph) that have another residency than
+    ``keeping`` gives them.
     """
 
     mode: str = "two_phase"
@@ -50,6 +54,7 @@ class Choices:
     batch_chunks: int = 1
     keeping: Keeping = "lean"
     parts: tuple[Part, ...] = ()
+    exceptions: tuple[tuple[int, Residency], ...] = ()
 
     def part(self, first: int) -> Part:
         """What holds for the segment that begins with the node ``first``."""
@@ -71,6 +76,8 @@ class Plan:
     training: bool
     prologue: tuple[int, ...] = field(default=())
     machine: Machine = field(default=CPU, repr=False)
+    notes: tuple[Note, ...] = ()
+    """In what it departs from the options that it was made for."""
 
     @property
     def mode(self) -> str:
@@ -118,6 +125,11 @@ class Plan:
     def rows(self) -> int:
         """The largest number of rows of any stage."""
         return max((len(loop.rows) for loop in self.loops()), default=1)
+
+    @property
+    def chunks(self) -> int:
+        """The number of parts into which the batch is divided."""
+        return max((len(loop.chunks) for loop in self.loops()), default=1)
 
     @cached_property
     def explicit(self) -> Choices:
@@ -194,6 +206,7 @@ def build_plan(
     )
     carried: dict[str, frozenset[int]] = {}
     chunks = _chunks(graph, choices.batch_chunks)
+    exceptions = dict(choices.exceptions)
     plain: list[tuple[tuple[int, ...], str]] = []
     for stretch in stretches(graph, differentiable, training):
         if stretch.kind == "plain":
@@ -212,7 +225,7 @@ def build_plan(
         part = choices.part(nodes[0])
         if part.mode not in carried:
             carried[part.mode] = carried_nodes(graph, part.mode)
-        residencies: Residencies = choose_residencies(graph, nodes, outputs, part.keeping)
+        residencies: Residencies = choose_residencies(graph, nodes, outputs, part.keeping, exceptions)
         builder = ProgramBuilder(
             graph,
             name,

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from lrcnn_lightning.config import format_size
 from lrcnn_lightning.errors import PlanError
-from lrcnn_lightning.plan.cost import PeakMemory, program_cost
+from lrcnn_lightning.plan.cost import program_cost
 from lrcnn_lightning.plan.keeping import KEEPINGS, Keeping
 from lrcnn_lightning.plan.loop import Loop
+from lrcnn_lightning.plan.memory import PeakMemory
 from lrcnn_lightning.plan.program import RunRows, SegmentProgram
+from lrcnn_lightning.plan.residency import Residency
 from lrcnn_lightning.plan.schedule import instructions
 from lrcnn_lightning.rules import RowGraph
 
@@ -34,14 +36,14 @@ def report(plan: Plan) -> str:
     lines.append(
         f"  activation peak  {format_size(plan.peak_bytes)} predicted, "
         f"plain PyTorch {format_size(plan.plain_peak_bytes)}"
-        + (f" ({plan.plain_peak_bytes / plan.peak_bytes:.1f} times less)" if plan.peak_bytes else "")
+        + (f" ({_times(plan.plain_peak_bytes / plan.peak_bytes)})" if plan.peak_bytes else "")
     )
     lines.append(f"  extra work       {100 * plan.overhead:+.0f} % predicted")
     if plan.mode == "plain":
         lines.append("  every operation runs as the module's own forward does; it fits and is predicted to be fastest")
         return "\n".join(lines)
-    chunks = max((len(loop.chunks) for loop in plan.loops()), default=1)
-    lines.append(f"  batch chunks     {chunks}")
+    lines.append(f"  batch chunks     {plan.chunks}")
+    lines += [f"  note             {note.text}" for note in plan.notes]
     lines.append(f"  {'segment':8} {'stages':>6} {'rows':>5}  {'carries':>10}  {'kept':>10}  operations")
     for segment in plan.segments:
         lines.append("  " + _segment_line(plan.graph, segment))
@@ -53,6 +55,11 @@ def report(plan: Plan) -> str:
             size = format_size(sum(plan.graph.values[o].bytes for o in node.outputs))
             lines.append(f"    {node.op} at {node.module or 'the top'}: {shapes}, {size}")
     return "\n".join(lines)
+
+
+def _times(ratio: float) -> str:
+    """``2.5 times less``, and ``1.3 times more`` where a plan takes more than plain PyTorch."""
+    return f"{ratio:.1f} times less" if ratio >= 1 else f"{1 / ratio:.1f} times more"
 
 
 def _segment_line(graph: RowGraph, segment: SegmentProgram) -> str:
@@ -114,6 +121,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
             }
             for part in choices.parts
         ],
+        "exceptions": {graph.values[value].name: str(residency) for value, residency in choices.exceptions},
         "training": plan.training,
         "peak_bytes": plan.peak_bytes,
         "plain_peak_bytes": plan.plain_peak_bytes,
@@ -151,6 +159,23 @@ def choices_of(data: Mapping[str, Any], graph: RowGraph) -> Choices:
                 f"segment {number} of the plan: keeping {given['keeping']!r}; allowed are {', '.join(KEEPINGS)}"
             )
         parts.append(Part(positions[given["first"]], given["mode"], given["rows"], given["keeping"]))
+    values = {value.name: value.index for value in graph.values}
+    exceptions = []
+    for name, text in data.get("exceptions", {}).items():
+        if name not in values:
+            raise PlanError(f"exceptions of the plan: this module has no map {name!r} (see `plan.to_dict()`)")
+        try:
+            exceptions.append((values[name], Residency.parse(text)))
+        except ValueError as error:
+            raise PlanError(f"exceptions of the plan: {name!r} is {text!r}; {error}") from error
     keeping: Keeping = parts[0].keeping if parts else "lean"
     ordered = tuple(sorted(parts, key=lambda part: part.first))
-    return Choices(data["mode"], data["rows"], max(1, len(parts)), data["batch_chunks"], keeping, ordered)
+    return Choices(
+        data["mode"],
+        data["rows"],
+        max(1, len(parts)),
+        data["batch_chunks"],
+        keeping,
+        ordered,
+        tuple(sorted(exceptions)),
+    )

@@ -11,7 +11,7 @@ from typing import Any
 
 from lrcnn_lightning.config import format_size
 from lrcnn_lightning.errors import PlanError
-from lrcnn_lightning.plan.cost import CPU, Machine
+from lrcnn_lightning.plan.machine import CPU, Machine
 from lrcnn_lightning.plan.plan import Plan, build_plan, plain_plan
 from lrcnn_lightning.plan.report import choices_of
 from lrcnn_lightning.rules import RowGraph
@@ -26,7 +26,9 @@ class SavedPlan:
     """The data of a plan (`Plan.to_dict`), perhaps edited.
 
     What may be edited: ``batch_chunks``, and of each of the ``segments`` the operation that it begins with, its mode,
-    rows and keeping. The predictions, the residencies and the schedule follow from these when the plan is used.
+    rows and keeping, and ``exceptions``: map name -> residency (``"keep"``, ``"transient"``, ``"stream"``,
+    ``"transient/stream"``), for single maps. The predictions, the residencies and the schedule follow from these when
+    the plan is used.
     """
 
     data: dict[str, Any]

@@ -17,14 +17,16 @@ import torch
 
 from lrcnn_lightning.config import RowConfig, format_size
 from lrcnn_lightning.errors import ConfigError, PlanError
-from lrcnn_lightning.plan.cost import Machine
 from lrcnn_lightning.plan.keeping import KEEPINGS, Keeping
+from lrcnn_lightning.plan.machine import Machine
+from lrcnn_lightning.plan.notes import notes
 from lrcnn_lightning.plan.plan import Choices, Part, Plan, build_plan, plain_plan
+from lrcnn_lightning.plan.price import exchanges
 from lrcnn_lightning.plan.report import held_at_peak
 from lrcnn_lightning.plan.segments import cut_points
 from lrcnn_lightning.rules import Role, RowGraph
 
-__all__ = ["choose_plan", "free_bytes", "search_plans"]
+__all__ = ["choose_plan", "free_bytes", "search_plans", "usable_bytes"]
 
 _ROWS = (2, 4, 8, 16, 32)
 _SEGMENTS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -32,9 +34,15 @@ _SHARE_OF_FREE = 0.8
 _MOST_ROWS = 64
 _SMALL = 250
 """Nodes of a graph for which a whole grid of plans is tried in seconds."""
-_REFINEMENTS = 48
-_REFINED_NODES = 9_000
+_REFINEMENTS = 400
+_REFINED_NODES = 27_000
 """Plans that are tried at most when the best one is refined, and nodes that these have together."""
+_EXCHANGED = 4
+"""Maps that are tried kept, and tried dropped, at each step of the refinement."""
+_STARTS = 3
+_DEARER = 1.3
+_RESTS = 6
+"""How the price of the limit changes at each step, and after how many steps without a change the walk ends."""
 
 
 def choose_plan(
@@ -55,7 +63,7 @@ def choose_plan(
     free_choice = config.rows == config.segments == config.batch_chunks == "auto"
     if budget == "auto":
         chooses_freely = config.mode == "auto" and free_choice
-        budget = int(free_bytes(device) * _SHARE_OF_FREE) if chooses_freely else None
+        budget = usable_bytes(device) if chooses_freely else None
     if config.mode == "auto" and free_choice and budget is not None and not graph.communicates:
         plain = plain_plan(graph, leaves, training, Machine.of(device))
         if plain.peak_bytes <= budget:
@@ -69,7 +77,8 @@ def choose_plan(
             f"{held_at_peak(best)}. What helps: a smaller batch or image, half precision, freezing the first layers, "
             "or a larger budget"
         )
-    return best
+    found = notes(best, config, budget)
+    return replace(best, notes=found) if found else best
 
 
 def search_plans(
@@ -113,32 +122,63 @@ class _Search:
         self.budget, self.max_overhead = budget, max_overhead
         self.tried: dict[Choices, tuple[int, float]] = {}
         self.best: Plan | None = None
+        self.plain_seconds = plain_plan(graph, leaves, training, machine).cost.seconds
 
     def refine(self, moves: _Moves) -> None:
-        """Change the best plan segment by segment, as long as that makes it better."""
-        limit = max(12, min(_REFINEMENTS, _REFINED_NODES // max(len(self.graph.nodes), 1)))
-        improved = self.best is not None and self.best.mode != "plain" and self.training
-        while improved and limit > 0:
-            improved = False
-            assert self.best is not None
-            for choices in moves.of(self.best):
-                if choices in self.tried:
-                    continue
-                limit -= 1
-                if self._try(choices):
-                    improved = True
+        """Walk from the best plan, and from the best ones with other numbers of segments."""
+        if self.best is None or self.best.mode == "plain" or not self.training:
+            return
+        best: dict[int, Choices] = {}
+        for choices in sorted(self.tried, key=lambda choices: self._rank(*self.tried[choices])):
+            best.setdefault(choices.segments, choices)
+        starts = list(best.values())[:_STARTS]
+        limit = max(24, min(_REFINEMENTS, _REFINED_NODES // max(len(self.graph.nodes), 1)))
+        for start in starts:
+            self._walk(self._made(start), moves, limit // len(starts))
+
+    def _walk(self, current: Plan, moves: _Moves, limit: int) -> None:
+        """Change a plan little by little, and make at most ``limit`` plans.
+
+        Mostly it takes two changes to gain anything: one that pays time (or memory), and one that buys more for it. So
+        the walk goes by what it wants less of and, at a price, what is limited. The price rises while the limit is
+        exceeded and falls while it is not, and the walk goes to and fro around the limit. The best plan that was met
+        counts.
+        """
+        price, resting = 1.0, 0
+        while limit > 0 and resting < _RESTS:
+            limit -= 1  # so that a walk in circles ends, too
+            here = self._priced(*self.tried[current.choices], price)
+            for choices in moves.of(current):
+                if choices not in self.tried:
+                    limit -= 1
+                    self._try(choices)
+                if self._priced(*self.tried[choices], price) < here - 1e-4:
+                    current, resting = self._made(choices), -1
                     break
                 if limit <= 0:
                     break
+            resting += 1
+            price *= _DEARER if self._exceeds(*self.tried[current.choices]) else 1 / _DEARER
 
-    def _try(self, choices: Choices) -> bool:
-        """Build and price a plan; whether it is the best one so far."""
-        plan = build_plan(self.graph, self.leaves, self.training, choices, self.machine)
+    def _exceeds(self, peak: int, seconds: float) -> bool:
+        if self.budget is not None:
+            return peak > self.budget
+        return seconds > self.plain_seconds * (1 + self.max_overhead)
+
+    def _priced(self, peak: int, seconds: float, price: float) -> float:
+        """What is wanted less of, and at a price what is limited, both by their logarithms."""
+        wanted, limited = (seconds, peak) if self.budget is not None else (peak, seconds)
+        return math.log(max(wanted, 1e-12)) + price * math.log(max(limited, 1e-12))
+
+    def _made(self, choices: Choices) -> Plan:
+        return build_plan(self.graph, self.leaves, self.training, choices, self.machine)
+
+    def _try(self, choices: Choices) -> None:
+        """Build and price a plan, and remember it if it is the best one so far."""
+        plan = self._made(choices)
         self.tried[choices] = plan.cost.peak_bytes, plan.cost.seconds
-        better = self.best is None or self._rank(plan) < self._rank(self.best)
-        if better:
+        if self.best is None or self._rank(*self.tried[choices]) < self._rank(*self.tried[self.best.choices]):
             self.best = plan
-        return better
 
     def vary(self, options: dict[str, Sequence[Any]]) -> None:
         """Try all combinations of these options, the others being those of the best plan so far."""
@@ -148,15 +188,12 @@ class _Search:
             if choices not in self.tried:
                 self._try(choices)
 
-    def _rank(self, plan: Plan) -> tuple[float, ...]:
+    def _rank(self, peak: int, seconds: float) -> tuple[float, ...]:
         """Smaller is better. With a budget: fitting plans by time, others by memory. Without: plans within the
         allowed overhead by memory, others by time.
         """
-        if self.budget is not None:
-            fits = plan.peak_bytes <= self.budget
-            return (0, plan.cost.seconds) if fits else (1, plan.peak_bytes)
-        allowed = plan.overhead <= self.max_overhead
-        return (0, plan.peak_bytes) if allowed else (1, plan.overhead)
+        wanted, limited = (seconds, peak) if self.budget is not None else (peak, seconds)
+        return (1, limited) if self._exceeds(peak, seconds) else (0, wanted)
 
 
 class _Moves:
@@ -173,6 +210,10 @@ class _Moves:
         """The neighbours of a plan."""
         choices = plan.explicit
         parts = choices.parts
+        if self.barriers:
+            for value, residency in exchanges(plan, _EXCHANGED):
+                excepted = {**dict(choices.exceptions), value: residency}
+                yield replace(choices, exceptions=tuple(sorted(excepted.items())))
         peak = next((s.nodes[0] for s in plan.segments[plan.cost.peak_segment :] if not s.plain), parts[-1].first)
         order = sorted(range(len(parts)), key=lambda i: abs(parts[i].first - peak))
         for i in order:
@@ -255,6 +296,11 @@ def _grid(graph: RowGraph, config: RowConfig, height: int, training: bool) -> di
     modes = ["two_phase", "overlap"] if config.mode == "auto" and fine else [config.mode]
     modes = ["two_phase"] if modes == ["auto"] else modes
     return {"mode": modes, "rows": rows, "segments": segments if training else [1], "keeping": keepings}
+
+
+def usable_bytes(device: torch.device) -> int:
+    """What a step may take of what the device has free, in bytes."""
+    return int(free_bytes(device) * _SHARE_OF_FREE)
 
 
 def free_bytes(device: torch.device) -> int:

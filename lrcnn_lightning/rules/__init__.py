@@ -20,7 +20,7 @@ from lrcnn_lightning.rules import (
     wrapping,
 )
 from lrcnn_lightning.rules.lowering import Role, RowGraph, lower
-from lrcnn_lightning.rules.rule import Axes, Interval, Operator, Reduction, RowRule, Tile, registered
+from lrcnn_lightning.rules.rule import Axes, Interval, Operator, Reduction, RowRule, Tile, find_factory, registered
 
 __all__ = [
     "Axes",
@@ -33,6 +33,7 @@ __all__ = [
     "Tile",
     "contraction",
     "dropout",
+    "find_factory",
     "joining",
     "layer_norm",
     "lower",

@@ -11,7 +11,7 @@ import torch
 from lrcnn_lightning.graph import Graph, Node, Ref, Value
 from lrcnn_lightning.rules.rule import WHOLE, Axes
 
-__all__ = ["Builder", "expands"]
+__all__ = ["Builder", "expanded", "expands"]
 
 Expansion = Callable[["Builder", Node], bool]
 
@@ -26,6 +26,11 @@ def expands(operation: Any) -> Callable[[Expansion], Expansion]:
         return expansion
 
     return add
+
+
+def expanded() -> list[Any]:
+    """The operations that are rewritten where that lets rows through."""
+    return list(_EXPANSIONS)
 
 
 class Builder:

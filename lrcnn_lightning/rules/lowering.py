@@ -99,7 +99,8 @@ class RowGraph:
 def lower(graph: Graph, axis: int | str = "auto") -> RowGraph:
     """Assign axes, rules and roles.
 
-    ``axis`` is the dimension of the input that is split, or ``"auto"``: the longest spatial one (the first of equals).
+    ``axis`` is the dimension of the input that is split, or ``"auto"``: the longest spatial one (of equals the
+    first; of a volume on the CPU the last).
     Raises `InputError` when no input has a spatial axis, or the given one is none.
     """
     dimension, seed = _row_dimension(graph, axis)
@@ -157,7 +158,10 @@ def _row_dimension(graph: Graph, axis: int | str) -> tuple[int, Value]:
     largest = max(maps, key=lambda value: value.elements)
     rank = len(largest.shape)
     if axis == "auto":
-        return max(range(2, rank), key=lambda d: (largest.shape[d], -d)), largest
+        # For a volume on the CPU PyTorch chooses by N * C * D * H whether oneDNN convolves it, and what it takes
+        # instead is many times slower: slabs that are thin in W are not affected.
+        order = 1 if rank == 5 and largest.device.type == "cpu" else -1
+        return max(range(2, rank), key=lambda d: (largest.shape[d], order * d)), largest
     assert isinstance(axis, int)
     dimension = axis + rank if axis < 0 else axis
     if not 2 <= dimension < rank:

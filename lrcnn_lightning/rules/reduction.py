@@ -196,11 +196,31 @@ class Moments(Reduction):
         return torch.addcmul(shift.view(shape), wide(slab), scale.view(shape)).to(slab.dtype)
 
 
+_PIECE = 2**20
+"""Bytes of deviations that exist at once, unless one channel takes more."""
+
+
 def _variance_and_mean(x: Tensor, groups: int | None) -> tuple[Tensor, Tensor]:
-    if groups is None:
-        dims = [0, *range(2, x.dim())]
+    """Biased variance and mean, in two passes over ``x``.
+
+    ``torch.var_mean`` takes one pass, which on the CPU adds one number at a time: two passes with vectorised sums are
+    several times faster. The deviations are made channels by channels, so that no second slab exists.
+    """
+    if groups is not None:
+        x = x.reshape(x.shape[0], groups, -1)
+    dims = [0, *range(2, x.dim())] if groups is None else [2]
+    if x.device.type != "cpu":
         return torch.var_mean(x, dims, correction=0)
-    return torch.var_mean(x.reshape(x.shape[0], groups, -1), 2, correction=0)
+    mean = x.mean(dims, keepdim=True)
+    channels = x.shape[1]
+    pieces = max(1, min(channels, x.numel() * x.element_size() // _PIECE))
+    variances = []
+    for i in range(pieces):
+        start, end = channels * i // pieces, channels * (i + 1) // pieces
+        deviations = x.narrow(1, start, end - start) - mean.narrow(1, start, end - start)
+        variances.append(deviations.square_().mean(dims))
+    variance = variances[0] if pieces == 1 else torch.cat(variances, -1)
+    return variance, mean.reshape(variance.shape)
 
 
 def _moments(x: Tensor, groups: int | None) -> tuple[Tensor, Tensor]:

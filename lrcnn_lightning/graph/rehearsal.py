@@ -1,0 +1,53 @@
+"""A rehearsal: the module's own code, run plainly on tensors without data.
+
+A module that cannot be captured may be one whose code cannot be traced, or one that does not take such an input at all:
+a map smaller than its kernels, another number of channels, another dtype. The second is no matter of rows, and its own
+error says best what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from lrcnn_lightning.graph.structure import take_apart
+
+__all__ = ["own_error"]
+
+_OF_THE_REHEARSAL = ("torch._subclasses", "torch._dynamo", "torch.fx", "torch.export")
+"""Where the errors come from that only say that a tensor has no data."""
+
+
+def own_error(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Exception | None:
+    """The error that ``module(*args, **kwargs)`` raises whether it runs row by row or not, if it raises one.
+
+    Nothing is computed; parameters, buffers and random state stay as they are. Code that needs the values of tensors
+    raises errors of its own here, of which some cannot be told from the module's, so a plain run has the last word.
+    """
+    mode = detect_fake_mode() or FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(tensor: Any) -> Any:
+        if not isinstance(tensor, torch.Tensor) or isinstance(tensor, FakeTensor):
+            return tensor
+        if tensor.is_inference():  # no fake can be made of it; only its metadata matters
+            with mode:
+                return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        return mode.from_tensor(tensor.detach(), static_shapes=True)
+
+    leaves, structure = take_apart((tuple(args), dict(kwargs)))
+    devices = list({leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_cuda})
+    try:
+        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=devices):
+            held = {name: fake(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+            given, named = structure.put_together([fake(leaf) for leaf in leaves])
+            with mode:
+                torch.func.functional_call(module, held, tuple(given), dict(named))
+    except Exception as error:
+        of_the_module = not type(error).__module__.startswith(_OF_THE_REHEARSAL)
+        return error if of_the_module and not isinstance(error, torch.OutOfMemoryError) else None
+    return None

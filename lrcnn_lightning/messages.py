@@ -1,0 +1,116 @@
+"""What a run says about itself: the paragraph at its start, and the warnings of what a user may not expect.
+
+Each is a text; who says it, when and how often is the caller's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from lrcnn_lightning.config import RowConfig, format_size
+from lrcnn_lightning.plan.plan import Plan
+from lrcnn_lightning.rules import RowGraph, find_factory
+
+__all__ = ["inner_hooks", "needless_rows", "outside_call", "path", "summary"]
+
+_PLACES = 3
+"""Places that are named at most of an operation that runs whole; an attention network has dozens."""
+
+
+def path(*names: str) -> str:
+    """Names of modules joined by dots, empty ones left out."""
+    return ".".join(name for name in names if name)
+
+
+def summary(name: str, module: nn.Module, plan: Plan) -> str:
+    """One module of the report: what it does, what it is predicted to cost, and what of it runs whole, and why."""
+    calls = "" if plan.training else " without gradients"
+    text = f"{name or 'the LightningModule'} ({type(module).__name__}){calls}: "
+    peak, plain = format_size(plan.peak_bytes), format_size(plan.plain_peak_bytes)
+    if plan.mode == "plain":
+        return text + f"plain PyTorch, which fits: activation peak {plain} predicted"
+    segments = sum(not segment.plain for segment in plan.segments)
+    parts = ", ".join((_count(plan.rows, "row"), _count(segments, "segment"), _count(plan.chunks, "batch chunk")))
+    text += (
+        f"{plan.mode}, {parts}; "
+        f"activation peak {peak} predicted (plain PyTorch {plain}), extra work {100 * plan.overhead:+.0f} % predicted"
+    )
+    whole = list(_whole(name, plan.graph))
+    return f"{text}; runs whole: {', '.join(whole)}" if whole else f"{text}; nothing runs whole"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _whole(name: str, graph: RowGraph) -> Iterator[str]:
+    """The operations that run whole, each with its places, the size of its results, and the reason."""
+    places: dict[tuple[str, str], list[str]] = {}
+    sizes: dict[tuple[str, str], int] = {}
+    for node in graph.whole_nodes():
+        if not any(graph.is_map(index) for index in node.inputs):
+            reason = "what it reads has no rows"
+        elif find_factory(node.op) is None:
+            reason = "it has no row rule"
+        else:
+            reason = "its row rule does not hold for what arrives"
+        key = (str(node.op), reason)
+        places.setdefault(key, []).append(path(name, node.module) or "the top")
+        sizes[key] = sizes.get(key, 0) + sum(graph.values[index].bytes for index in node.outputs)
+    for (operation, reason), where in places.items():
+        shown = list(dict.fromkeys(where))
+        more = f" and {len(shown) - _PLACES} more" if len(shown) > _PLACES else ""
+        size = format_size(sizes[operation, reason])
+        yield f"{operation} at {', '.join(shown[:_PLACES])}{more} ({size}; {reason})"
+
+
+def inner_hooks(name: str, module: nn.Module, plan: Plan) -> Iterator[str]:
+    """The submodules inside a row-wise module whose hooks do not run.
+
+    Those of ``torch.nn.utils`` (weight norm, spectral norm, pruning) compute weights; they are part of the graph.
+    """
+    if plan.mode == "plain":
+        return
+    for inner, child in module.named_modules():
+        tables = (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks)
+        hooks = [hook for table in tables for hook in table.values()]
+        if inner and any(not _origin(hook).startswith("torch.nn.utils") for hook in hooks):
+            yield path(name, inner)
+
+
+def _origin(hook: object) -> str:
+    return getattr(hook, "__module__", None) or type(hook).__module__
+
+
+def needless_rows(config: RowConfig, plans: Mapping[str, Plan], free: int) -> str | None:
+    """The warning that plain PyTorch would have fitted into ``free`` bytes, and would have been faster.
+
+    Nothing is said where the planner was free to choose, where a limit on memory was asked for, or where rows are
+    predicted to take no longer.
+    """
+    by_rows = {name: plan for name, plan in plans.items() if plan.mode != "plain" and plan.training}
+    given = [
+        f"{option}={value!r}"
+        for option in ("mode", "rows", "segments", "batch_chunks")
+        if (value := getattr(config, option)) != "auto"
+    ]
+    plain = sum(plan.plain_peak_bytes for plan in by_rows.values())
+    overhead = max((plan.overhead for plan in by_rows.values()), default=0.0)
+    if not given or not by_rows or config.memory_budget != "auto" or plain > free or overhead < 0.005:
+        return None
+    return (
+        f"this batch fits without rows: plain PyTorch is predicted to take {format_size(plain)} of activation memory, "
+        f"and {format_size(free)} can be used; {', '.join(given)} costs {100 * overhead:+.0f} % extra work. "
+        'Trainer(strategy="lrcnn") takes rows only where they are needed; a memory_budget says how much may be used'
+    )
+
+
+def outside_call(name: str) -> str:
+    """The warning that a row-wise module was called where rows are not in force."""
+    return (
+        f"{name or 'the LightningModule'} was called outside of the Trainer's steps (by a callback, or for "
+        "`example_input_array`), and ran plainly: the result is right, and it took the memory of plain PyTorch. Where "
+        "that is too much, call it inside of `with trainer.strategy.row_by_row():`"
+    )

@@ -1,0 +1,68 @@
+"""Simulated memory: live bytes by key, their peak, and what is live at it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["Memory", "PeakMemory"]
+
+
+class Memory:
+    """Live bytes by key, and their peak. A key is a tuple whose first entry names a family."""
+
+    def __init__(self) -> None:
+        self.live = 0
+        self.peak = 0
+        self.timeline: list[int] = []
+        """Live bytes after each allocation."""
+        self._families: dict[str, dict[tuple[Any, ...], int]] = {}
+
+    def allocate(self, key: tuple[Any, ...], size: float) -> None:
+        """A tensor under a key that is not in use; under one in use, nothing happens."""
+        family = self._families.setdefault(key[0], {})
+        if key in family:
+            return
+        family[key] = int(size)
+        self.live += int(size)
+        self.peak = max(self.peak, self.live)
+        self.timeline.append(self.live)
+
+    def free(self, key: tuple[Any, ...]) -> None:
+        """Drop it, if it is there."""
+        family = self._families.get(key[0])
+        if family:
+            self.live -= family.pop(key, 0)
+
+    def free_all(self, name: str, first: str | None = None) -> None:
+        """Drop a family, or its keys whose second entry is ``first`` or begins with ``first`` and a dot."""
+        family = self._families.get(name, {})
+        chosen = [k for k in family if first is None or k[1] == first or k[1].startswith(f"{first}.")]
+        for key in chosen:
+            self.live -= family.pop(key)
+
+    def free_matching(self, name: str, entries: tuple[Any, ...]) -> None:
+        """Drop the keys of a family that go on with ``entries``."""
+        family = self._families.get(name, {})
+        for key in [k for k in family if k[1 : 1 + len(entries)] == entries]:
+            self.live -= family.pop(key)
+
+    def touch(self, size: float) -> None:
+        """A tensor that lives for an instant."""
+        self.peak = max(self.peak, self.live + int(size))
+
+    def __contains__(self, key: tuple[Any, ...]) -> bool:
+        return key in self._families.get(key[0], {})
+
+
+class PeakMemory(Memory):
+    """Also remembers what is live at the peak: key -> bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at_peak: dict[tuple[Any, ...], int] = {}
+
+    def allocate(self, key: tuple[Any, ...], size: float) -> None:
+        before = self.peak
+        super().allocate(key, size)
+        if self.peak > before:
+            self.at_peak = {key: size for family in self._families.values() for key, size in family.items()}
