@@ -1,7 +1,7 @@
 """What autocast does to an operation that is rewritten into others.
 
 Autocast decides by the operation's name: on CUDA ``group_norm`` reads float32 and returns it, while ``batch_norm``
-keeps the dtype of its input. So it is asked about the operation that the user wrote, not the one that runs in its place.
+keeps the dtype of its input. So it is asked about the operation that the user wrote, not what runs in its place.
 """
 
 from __future__ import annotations
