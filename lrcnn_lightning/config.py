@@ -171,6 +171,16 @@ class RowConfig:
         return "auto" if budget == "auto" else parse_size(budget)
 
     @property
+    def chooses_freely(self) -> bool:
+        """Whether mode, rows, segments and chunks are all left to the planner."""
+        return self.mode == self.rows == self.segments == self.batch_chunks == "auto"
+
+    @property
+    def fits_free_memory(self) -> bool:
+        """Whether the budget is what the device has free."""
+        return self.memory_budget == "auto" and self.chooses_freely
+
+    @property
     def module_names(self) -> tuple[str, ...] | None:
         """``modules`` as a tuple of names; ``None`` where the package chooses (``"auto"``)."""
         return None if self.modules == "auto" else tuple(self.modules)

@@ -8,7 +8,6 @@ import importlib
 import inspect
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import weakref
@@ -277,7 +276,7 @@ def test_registering_again_changes_nothing(namespace: str) -> None:
 
 @pytest.mark.parametrize("kind", [LRCNNStrategy, LRCNNDDPStrategy])
 def test_the_options_are_those_of_the_configuration(kind: Any) -> None:
-    base = next(cls for cls in kind.__mro__ if cls.__name__ == "_Rowwise")
+    base = next(cls for cls in kind.__mro__ if cls.__name__ == "RowwiseSteps")
     parameters = inspect.signature(base.__init__).parameters
     assert {name: p.default for name, p in parameters.items() if name not in ("self", "plan", "kwargs")} == {
         field.name: field.default for field in fields(RowConfig)
@@ -813,70 +812,3 @@ def test_the_command_line_of_lightning(tmp_path: Path) -> None:
     strategy = cli(["--config", str(config)])
     assert type(strategy) is LRCNNDDPStrategy and strategy.config == RowConfig(mode="two_phase", max_overhead=1.0)
     assert strategy._ddp_kwargs["find_unused_parameters"] is True
-
-
-# Several processes
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def in_two_processes() -> None:
-    """What each of the two processes runs: DDP training, plain and row-wise, compared."""
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    options: dict[str, Any] = {"devices": 2, "max_epochs": 1}
-    for task, kwargs in ((Task, {}), (Direct, {}), (Manual, {"find_unused_parameters": True})):
-        plain, _ = fit("ddp_find_unused_parameters_true" if kwargs else "ddp", task, **options)
-        strategy = LRCNNDDPStrategy(**ROWWISE[task is Direct], **kwargs)
-        ours, module = fit(strategy, task, **options)
-        assert_same(plain.lightning_module.state_dict(), module.state_dict(), 1e-9, task.__name__)
-        assert_same(dict(plain.callback_metrics), dict(ours.callback_metrics), 1e-9, task.__name__)
-        assert {plan.mode for plan in strategy.plans.values()} == {strategy.config.mode}
-        every = strategy.all_gather(module.head.weight.detach())
-        assert torch.equal(every[0], every[1]), "the processes have different weights"
-        assert not any(isinstance(vars(child).get("forward"), RowwiseForward) for child in module.modules())
-    accumulated = [fit(name, accumulate_grad_batches=2, **options)[1] for name in ("ddp", "lrcnn_ddp_two_phase")]
-    assert_same(accumulated[0].state_dict(), accumulated[1].state_dict(), 1e-9, "accumulation")
-    with pytest.raises(ValueError, match="SyncBatchNorm layers only work with GPU modules"):  # PyTorch's own
-        fit("lrcnn_ddp_two_phase", sync_batchnorm=True, **options)
-    (folder / os.environ["LOCAL_RANK"]).touch()
-
-
-def test_two_processes(tmp_path: Path) -> None:
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0"}
-    environment |= {"PYTHONPATH": str(Path(lrcnn_lightning.__file__).parents[1]), "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path)],
-            env={**environment, "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
-    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
-
-
-@pytest.mark.slow
-def test_spawned_processes() -> None:
-    options: dict[str, Any] = {"devices": 2, "max_epochs": 1}
-    _, plain = fit("ddp_spawn", **options)
-    trainer, ours = fit(LRCNNDDPStrategy(start_method="spawn", **ROWWISE[0]), **options)
-    assert_same(plain.state_dict(), ours.state_dict(), 1e-9, "weights")
-    assert trainer.strategy.plans == {}, "the plans are those of the processes"
-
-
-if __name__ == "__main__":
-    in_two_processes()
