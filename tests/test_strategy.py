@@ -6,10 +6,7 @@ import copy
 import gc
 import importlib
 import inspect
-import os
 import pickle
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -305,61 +302,6 @@ def test_a_wrong_option_is_refused() -> None:
     assert LRCNNDDPStrategy(find_unused_parameters=True, rows=2)._ddp_kwargs == {"find_unused_parameters": True}
 
 
-def in_a_new_process(code: str) -> str:
-    repository = str(Path(lrcnn_lightning.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": repository}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-BLOCKED = """
-import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {names}:
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Blocked())
-import importlib.util
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name in {names} else find(name, package)
-"""
-
-
-def test_the_engine_works_without_lightning() -> None:
-    code = BLOCKED.format(names={"lightning", "pytorch_lightning"}) + (
-        "import torch, lrcnn_lightning as lr\n"
-        "net = torch.nn.Conv2d(3, 4, 3)\n"
-        "x = torch.randn(1, 3, 8, 8)\n"
-        "assert torch.allclose(net(x), lr.rowwise(net, mode='overlap', rows=2)(x), atol=1e-5)\n"
-        "try: lr.LRCNNStrategy\n"
-        "except ImportError as error: print(error)\n"
-    )
-    assert "install lightning or pytorch-lightning" in in_a_new_process(code)
-
-
-def test_importing_the_package_does_not_import_lightning_and_registers_when_it_is_imported() -> None:
-    code = (
-        "import sys, lrcnn_lightning\n"
-        "assert not any(name.partition('.')[0].endswith('lightning') for name in sys.modules if name[:5] != 'lrcnn')\n"
-        "from lightning.pytorch.strategies import StrategyRegistry\n"
-        "assert StrategyRegistry['lrcnn']['strategy'] is lrcnn_lightning.LRCNNStrategy\n"
-        "assert 'pytorch_lightning' not in sys.modules\n"
-    )
-    in_a_new_process(code)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("pytorch_lightning") is None, reason="not installed")
-def test_pytorch_lightning_alone() -> None:
-    code = BLOCKED.format(names={"lightning"}) + (
-        "import pytorch_lightning, lrcnn_lightning, pickle\n"
-        "trainer = pytorch_lightning.Trainer(strategy='lrcnn_two_phase', logger=False, accelerator='cpu')\n"
-        "assert type(trainer.strategy) is lrcnn_lightning.LRCNNStrategy\n"
-        "assert type(pickle.loads(pickle.dumps(trainer.strategy))) is lrcnn_lightning.LRCNNStrategy\n"
-    )
-    in_a_new_process(code)
-
-
 # Training
 
 
@@ -462,43 +404,6 @@ def test_a_checkpoint_moves_between_strategies(first: str, second: str, tmp_path
         runs.append(fit(after, ckpt_path=str(tmp_path / "half.ckpt"))[0])
         assert runs[-1].global_step == 8
     assert_same_run(*runs, 1e-9, tmp_path)
-
-
-@pytest.mark.parametrize("namespace", NAMESPACES)
-@pytest.mark.parametrize("strategy", ["lrcnn_two_phase", lambda: LRCNNStrategy(mode="overlap", rows=3)])
-def test_one_class_serves_the_trainers_of_both_lightnings(plain: Any, namespace: str, strategy: Any) -> None:
-    library = importlib.import_module(namespace)
-
-    class Other(Steps, library.LightningModule):  # type: ignore[misc,name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.head = body(), nn.Linear(6, 3)
-
-        forward = Task.forward
-
-    given = strategy if isinstance(strategy, str) else strategy()
-    trainer, module = fit(given, Other, trainer=library.Trainer)
-    assert_same(plain[1].state_dict(), module.state_dict(), 1e-9, "weights")
-    assert isinstance(trainer.strategy, LRCNNStrategy)
-    assert isinstance(trainer.strategy, library.strategies.SingleDeviceStrategy)
-    assert type(trainer.strategy).__mro__[3].__module__.startswith(namespace)
-    if not isinstance(strategy, str):
-        assert trainer.strategy is given
-        assert given.config == RowConfig(mode="overlap", rows=3)
-        assert given.plans["body"].mode == "overlap"
-    unused = library.Trainer(strategy=given if isinstance(strategy, str) else strategy(), **QUIET).strategy
-    assert type(pickle.loads(pickle.dumps(unused))) is type(trainer.strategy)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("pytorch_lightning") is None, reason="not installed")
-def test_a_subclass_serves_the_trainer_of_its_own_lightning() -> None:
-    class Mine(LRCNNStrategy):  # type: ignore[misc,valid-type]
-        pass
-
-    assert type(Trainer(strategy=Mine(), **QUIET).strategy) is Mine
-    other = importlib.import_module("pytorch_lightning")
-    with pytest.raises(ConfigError, match=r"derive it from `lrcnn_lightning\.strategy\.PytorchLightningLRCNNStrategy`"):
-        other.Trainer(strategy=Mine(), **QUIET)
 
 
 # What a Trainer does around the steps
