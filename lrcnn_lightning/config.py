@@ -112,7 +112,7 @@ class RowConfig:
             plan that fits. ``None``: the least memory within ``max_overhead``. ``"auto"``: what the device has free,
             or, with an explicit ``mode``, as ``None``.
         max_overhead: Predicted extra time that the planner may spend when no budget forces more, as a fraction of the
-            time of plain training: at least 0, where ``0.35`` is 35 % more and ``inf`` any amount.
+            time of plain training: at least 0, where ``0.35`` is 35 % more and ``inf`` (``.inf`` in YAML) any amount.
         axis: Dimension of the input along which rows are cut (2 is the height of ``N C H W``; negative counts from the
             end), or ``"auto"``: the longest spatial axis.
         modules: Names of the submodules to run row-wise, as in ``named_modules()``; one name, several, or ``"auto"``:

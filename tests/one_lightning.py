@@ -105,6 +105,19 @@ def main(namespace: str, folder: Path) -> None:
     made = cli.LightningCLI(task(library), run=False, args=arguments, save_config_callback=None)
     assert type(made.trainer.strategy) is lrcnn_lightning.LRCNNStrategy
     assert made.trainer.strategy.config.rows == 3
+    # The command line hands over every argument of DistributedDataParallel, and all of them must be taken.
+    arguments = ["fit", "--trainer.strategy=lrcnn_lightning.LRCNNDDPStrategy", "--trainer.strategy.mode=overlap"]
+    defaults = {**QUIET, "max_epochs": 2, "precision": "64-true", "enable_checkpointing": False}
+    torch.manual_seed(0)
+    made = cli.LightningCLI(
+        task(library),
+        args=arguments,
+        save_config_callback=None,
+        seed_everything_default=False,
+        trainer_defaults=defaults,
+    )
+    assert made.trainer.strategy.plans["body"].mode == "overlap"
+    assert_same(ddp, made.trainer)
 
 
 if __name__ == "__main__":

@@ -683,37 +683,3 @@ def test_compiled_modules_are_refused() -> None:
 
     trainer, _ = fit(LRCNNStrategy(**ROWWISE[0]), CompiledHead, max_epochs=1)
     assert trainer.strategy.plans["body"].mode == "two_phase"
-
-
-# Command line
-
-
-def cli(arguments: list[str]) -> Any:
-    module = pytest.importorskip("lightning.pytorch.cli")
-    pytest.importorskip("jsonargparse")
-    defaults = {name: value for name, value in QUIET.items()}
-    made = module.LightningCLI(Task, run=False, save_config_callback=None, args=arguments, trainer_defaults=defaults)
-    return made.trainer.strategy
-
-
-def test_the_command_line_of_lightning(tmp_path: Path) -> None:
-    strategy = cli(["--trainer.strategy=lrcnn_overlap"])
-    assert type(strategy) is LRCNNStrategy and strategy.config == RowConfig(mode="overlap")
-    strategy = cli(
-        [
-            "--trainer.strategy=lrcnn_lightning.LRCNNStrategy",
-            "--trainer.strategy.rows=4",
-            "--trainer.strategy.memory_budget=2GiB",
-            "--trainer.strategy.modules=[body, head]",
-        ]
-    )
-    assert strategy.config == RowConfig(rows=4, memory_budget="2GiB", modules=["body", "head"])
-    assert strategy.parallel_devices == []
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        "trainer:\n  strategy:\n    class_path: lrcnn_lightning.LRCNNDDPStrategy\n"
-        "    init_args: {mode: two_phase, rows: auto, max_overhead: 1, find_unused_parameters: true}\n"
-    )
-    strategy = cli(["--config", str(config)])
-    assert type(strategy) is LRCNNDDPStrategy and strategy.config == RowConfig(mode="two_phase", max_overhead=1.0)
-    assert strategy._ddp_kwargs["find_unused_parameters"] is True
