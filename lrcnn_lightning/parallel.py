@@ -83,7 +83,7 @@ class Parallel(RowwiseSteps, DDPStrategy):
 
     def _check(self, trainer: Trainer, module: nn.Module, session: RowwiseSession) -> None:
         super()._check(trainer, module, session)
-        if self._sync_when_wrapped is None or trainer.state.fn != "fit":
+        if self._sync_when_wrapped is None or trainer.state.fn != "fit" or self.world_size == 1:
             return
         by_rows = {child for forward in session.forwards.values() for child in forward.module.modules()}
         for name, child in module.named_modules():

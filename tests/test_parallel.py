@@ -77,7 +77,7 @@ class Sharded(Steps, LightningModule):
     """FSDP2: parameters are sharded in ``configure_model``, and the unit that is sharded runs row-wise."""
 
     by_rows = True
-    inside = False
+    units = "body and head"
 
     def configure_model(self) -> None:
         from torch.distributed.fsdp import fully_shard
@@ -89,9 +89,9 @@ class Sharded(Steps, LightningModule):
         self.body[7].p = 0.0  # type: ignore[assignment]
         self.double()
         mesh = self.device_mesh["data_parallel"]
-        if self.inside:
+        if self.units == "inside":
             fully_shard(self.body[4], mesh=mesh)
-        for unit in (self.body, self.head):
+        for unit in (self,) if self.units == "around" else (self.body, self.head):
             fully_shard(unit, mesh=mesh)
         if self.by_rows:
             lrcnn_lightning.rowwise(self.body, mode="two_phase", rows=3)
@@ -104,8 +104,12 @@ class ShardedPlainly(Sharded):
     by_rows = False
 
 
+class ShardedAround(Sharded):
+    units = "around"
+
+
 class ShardedInside(Sharded):
-    inside = True
+    units = "inside"
 
 
 def compare(name: str, plain: Any, ours: Any, modes: set[str]) -> None:
@@ -246,12 +250,12 @@ def sharded() -> None:
         return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
 
     runs = []
-    for task in (ShardedPlainly, Sharded):
+    for task in (ShardedPlainly, Sharded, ShardedAround):
         _, module = fit(strategy(), task, precision="32-true", **TWO)
         state = {name: getattr(t, "full_tensor", lambda t=t: t)() for name, t in module.state_dict().items()}
         runs.append(state)
-    assert module.body.__dict__["forward"].training_plan.mode == "two_phase"
-    assert_same(*runs, RELATIVE, "FSDP2")
+        assert task is ShardedPlainly or module.body.__dict__["forward"].training_plan.mode == "two_phase"
+        assert_same(runs[0], state, RELATIVE, task.__name__)
     with pytest.raises(
         CaptureError, match=r"sharded over several devices \(4\.weight\); allowed is fully_shard\(\) of"
     ):
