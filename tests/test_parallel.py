@@ -1,13 +1,15 @@
 """Two processes: row-wise they end with the weights of plain DDP, and with synchronised BatchNorm with those of one.
 
-The processes are started as a user's script is: by Lightning's launcher, which runs this file a second time. What takes
-several Trainers (a checkpoint of one process resumed by two) is prepared, or gone on with, by the test itself.
+The processes are started as a user's script is: once, and Lightning's launcher runs this file a second time; or once on
+each of two machines (which here are one). What takes several Trainers, such as a checkpoint of one process that two
+resume, is prepared, or gone on with, by the test itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +30,7 @@ from tests.test_strategy import ROWWISE, Direct, Manual, Steps, Task, assert_sam
 
 RELATIVE = 1e-9
 TWO: dict[str, Any] = {"devices": 2, "max_epochs": 1}
+TWO_MACHINES: dict[str, Any] = {"devices": 1, "num_nodes": 2}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec"),
@@ -179,7 +182,7 @@ def synchronised_batch_norm(folder: Path) -> None:
 
     Which samples are in it is up to the sampler, so it holds all of them.
     """
-    options_of_both: dict[str, Any] = {"devices": 2, "batch": 4, "max_epochs": 3}
+    options_of_both: dict[str, Any] = {**TWO_MACHINES, "batch": 4, "max_epochs": 3}
     whole = torch.load(folder / "whole.pt", weights_only=True)
     for options in ROWWISE:
         trainer, module = fit(LRCNNDDPStrategy(**options), Sober, sync_batchnorm=True, **options_of_both)
@@ -192,20 +195,20 @@ def synchronised_batch_norm(folder: Path) -> None:
     difference = separate.lightning_module.state_dict()["body.1.running_var"] - whole["body.1.running_var"]
     assert difference.abs().max() > 1e-4, "without it each process has statistics of its own"
     with pytest.raises(ConfigError, match=r"head\.0 \(BatchNorm1d\) does not run row-wise.*'body'.*leave out sync_"):
-        fit("lrcnn_ddp_two_phase", Outside, sync_batchnorm=True, **TWO)
+        fit("lrcnn_ddp_two_phase", Outside, sync_batchnorm=True, **TWO_MACHINES)
 
 
 def resuming(folder: Path) -> None:
     """A checkpoint of one process, and one for one process."""
     resumed = [
-        fit(strategy, Sober, devices=2, ckpt_path=str(folder / "one.ckpt"))[0]
+        fit(strategy, Sober, ckpt_path=str(folder / "one.ckpt"), **TWO_MACHINES)[0]
         for strategy in ("ddp", LRCNNDDPStrategy(**ROWWISE[0]))
     ]
     assert resumed[1].global_step == 4 + 2, "four steps of one process, and two of two"
     compare("resumed", *resumed, {"two_phase"})
     states = [trainer.optimizers[0].state_dict() for trainer in resumed]
     assert_same(*states, RELATIVE, "optimizer")
-    half, _ = fit(LRCNNDDPStrategy(**ROWWISE[1]), Sober, **TWO)
+    half, _ = fit(LRCNNDDPStrategy(**ROWWISE[1]), Sober, max_epochs=1, **TWO_MACHINES)
     half.save_checkpoint(folder / "two.ckpt")
 
 
@@ -273,26 +276,42 @@ def in_two_processes(folder: Path, scenario: str) -> None:
         accumulation_and_clipping()
         budgets(torch.distributed.get_rank())
         sharded()
-    (folder / f"done{os.environ['LOCAL_RANK']}").touch()
+    (folder / f"done{torch.distributed.get_rank()}").touch()
 
 
-def launch(folder: Path, scenario: str) -> None:
-    """As a user starts a script; Lightning starts the second process."""
+def launch(folder: Path, scenario: str, machines: int = 1) -> None:
+    """As a user starts a script, on each machine; there Lightning starts a second process if it is to."""
     root = str(Path(lrcnn_lightning.__file__).parents[1])
     environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE")}
-    command = [sys.executable, "-m", "tests.test_parallel", str(folder), scenario]
-    done = subprocess.run(
-        command,
-        env={**environment, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
-        cwd=root,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    assert (folder / "done0").exists() and (folder / "done1").exists(), done.stdout[-6000:]
+    environment |= {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    if machines > 1:
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(machines)}
+        environment |= {"LOCAL_RANK": "0"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.test_parallel", str(folder), scenario],
+            env={**environment, "NODE_RANK": str(machine)},
+            cwd=root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for machine in range(machines)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-6000:]
+    assert (folder / "done0").exists() and (folder / "done1").exists(), outputs[0][-6000:]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def test_two_processes(tmp_path: Path) -> None:
@@ -304,7 +323,7 @@ def test_one_process_and_two(tmp_path: Path) -> None:
     torch.save(dict(whole.state_dict()), tmp_path / "whole.pt")
     half, _ = fit(LRCNNStrategy(**ROWWISE[0]), Sober, max_epochs=1)
     half.save_checkpoint(tmp_path / "one.ckpt")
-    launch(tmp_path, "one and two")
+    launch(tmp_path, "one and two", machines=2)
     resumed = [
         fit(strategy, Sober, ckpt_path=str(tmp_path / "two.ckpt"))[0]
         for strategy in ("auto", LRCNNStrategy(**ROWWISE[0]))
