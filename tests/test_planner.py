@@ -7,6 +7,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from lrcnn_lightning.models import resnet50, unet, vgg16
 from lrcnn_lightning.monitor import measure_fake
 from lrcnn_lightning.plan.keeping import KEEPINGS
 from lrcnn_lightning.plan.plan import Choices, Plan, build_plan
+from lrcnn_lightning.plan.residency import KEEP
 from lrcnn_lightning.plan.search import choose_plan
 from lrcnn_lightning.rules import RowGraph
 from tests.oracle import requires_grad_leaves, row_graph
@@ -155,3 +157,43 @@ def test_a_budget_that_nothing_fits_says_what_is_in_the_way() -> None:
         PlanError, match=r"least peak .* was found is .*At that peak live: \w+.* of layer\d.*What helps"
     ):
         lrcnn_lightning.plan(module, torch.empty(shape, device="meta"), memory_budget="100KiB")
+
+
+def measured(module: nn.Module, shape: tuple[int, ...], data: dict[str, Any]) -> int:
+    return measure_fake(lrcnn_lightning.rowwise(module, plan=data), torch.empty(shape, device="meta")).peak_bytes
+
+
+@pytest.mark.parametrize("mode", ["two_phase", "overlap"])
+def test_rows_of_unequal_heights_balance_the_skew(mode: str) -> None:
+    module, shape = vgg16(width=0.25), (1, 3, 512, 256)
+    graph, leaves = situation(module, shape)
+    plans = [
+        build_plan(graph, leaves, True, Choices(mode, 4, 1, 1, "lean", heights=heights))
+        for heights in ("even", "balanced")
+    ]
+    even, balanced = (measured(module, shape, plan.to_dict()) for plan in plans)
+    assert balanced < (0.85 if mode == "two_phase" else 0.95) * even
+    assert balanced == pytest.approx(plans[1].peak_bytes, rel=0.10)
+    cuts = plans[1].loops()[0].cuts
+    heights = [b - a for a, b in itertools.pairwise((0, *cuts))]
+    assert cuts[-1] == 16 and sum(heights) == 16
+    # Two-phase sharing: the first row goes beyond what it was asked for. Overlapping: the middle rows have two halos.
+    assert heights[0] < heights[-1] if mode == "two_phase" else heights[1] < heights[0]
+    assert ", ".join(map(str, (heights[0], heights[2], heights[-1]))) in str(plans[1])
+
+
+def test_single_maps_are_kept_or_dropped_where_that_pays() -> None:
+    """The pooled map of a residual network's stem is small, and pass after pass computes it from a much larger one."""
+    module, shape = resnet50(), (1, 3, 512, 512)
+    graph, leaves = situation(module, shape)
+    chosen = choose_plan(graph, leaves, True, RowConfig(memory_budget=None), CPU)
+    assert chosen.overhead <= 0.35 and chosen.choices.exceptions
+    rule = build_plan(graph, leaves, True, replace(chosen.choices, exceptions=()))
+    assert rule.overhead > 0.35 or rule.peak_bytes > chosen.peak_bytes
+    peak = measured(module, shape, chosen.to_dict())
+    assert peak == pytest.approx(chosen.peak_bytes, rel=0.10)
+    pool = next(v.index for v in graph.values if "max_pool" in v.name)
+    streamed = build_plan(graph, leaves, True, Choices("two_phase", 4, 1, 1, "lean"))
+    kept = build_plan(graph, leaves, True, Choices("two_phase", 4, 1, 1, "lean", exceptions=((pool, KEEP),)))
+    assert kept.cost.seconds < streamed.cost.seconds
+    assert kept.peak_bytes - streamed.peak_bytes <= graph.values[pool].bytes

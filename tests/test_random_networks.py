@@ -165,6 +165,7 @@ def choices(draw: Any) -> list[Choices]:
             draw(st.integers(1, 3)),
             draw(st.sampled_from(KEEPINGS)),
             exceptions=tuple(sorted(draw(residencies).items())),
+            heights=draw(st.sampled_from(["even", "balanced"])),
         )
         for mode in MODES
     ]

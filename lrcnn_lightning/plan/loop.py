@@ -9,7 +9,7 @@ from functools import cached_property
 from lrcnn_lightning.plan.halos import Row, row_intervals
 from lrcnn_lightning.rules import Interval, Role, RowGraph
 
-__all__ = ["BackwardPass", "Loop", "closure", "even_cuts", "make_loop"]
+__all__ = ["BackwardPass", "Loop", "balanced_cuts", "closure", "even_cuts", "make_loop"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,45 @@ def even_cuts(height: int, rows: int) -> tuple[int, ...]:
     return tuple(height * (r + 1) // rows for r in range(rows))
 
 
+def balanced_cuts(graph: RowGraph, cuts: Sequence[int], rows: Sequence[Row]) -> tuple[int, ...]:
+    """Cuts such that each row needs as much memory as any other; ``rows`` are those of the even ``cuts``.
+
+    Rows of one height need unequal memory (the paper's skew). Under two-phase sharing the first row goes beyond what it
+    was asked for, by the halo of every layer, and the last one falls short by as much; on the other hand the carries of
+    all rows above a row wait for the backward pass while that row is differentiated:
+
+        even        |======0======|===1===|===2===|=3=|        slabs
+                                   .       ..      ...         carries of the rows above
+
+    Under overlapping partitioning the rows in the middle have two halos, the first and the last one only one. Memory is
+    taken as linear in the height of a row, which it nearly is; one step from even cuts is then enough.
+    """
+    made = [value for position in rows[0].spans for value in graph.nodes[position].outputs]
+    a_line = {value: graph.values[value].bytes / graph.height(value) for value in made}
+    per_line = sum(graph.values[value].bytes for value in made) / cuts[-1]
+    needed, waiting = [], 0.0
+    for row in rows:
+        slabs = 0.0
+        for position, span in row.spans.items():
+            a_row = sum(a_line[value] for value in graph.nodes[position].outputs)
+            slabs += a_row * (span.hi - span.lo)
+            waiting += a_row * (span.new - span.lo)  # what the row above handed down
+        needed.append(slabs + waiting)
+    if not per_line:
+        return tuple(cuts)
+    mean = sum(needed) / len(needed)
+    ideal: list[float] = []
+    exact = 0.0
+    for r, (before, cut) in enumerate(zip((0, *cuts), cuts, strict=False)):
+        exact += max(0.25 * (cut - before), cut - before + (mean - needed[r]) / per_line)
+        ideal.append(exact)
+    scale, last = cuts[-1] / exact, len(cuts) - 1
+    whole = [0]
+    for r, edge in enumerate(ideal):
+        whole.append(max(whole[-1] + 1, min(round(edge * scale), cuts[-1] - (last - r))))
+    return tuple(whole[1:])
+
+
 def closure(graph: RowGraph, targets: Collection[int], available: Collection[int]) -> tuple[tuple[int, ...], set[int]]:
     """The nodes that compute ``targets`` from ``available`` maps, in order, and the maps that they read."""
     found: set[int] = set()
@@ -107,8 +146,9 @@ def make_loop(
     rows: int | Sequence[int],
     carried: Collection[int],
     chunks: Sequence[Interval],
+    balanced: bool = False,
 ) -> Loop:
-    """Put a loop together; ``rows`` is a number of even rows or the cuts of the tallest target."""
+    """Put a loop together; ``rows`` is a number of rows, even or ``balanced``, or the cuts of the tallest target."""
     reduced = [graph.nodes[position].inputs[0] for position in reductions]
     targets = tuple(sorted({*stored, *reduced, *extra_targets}))
     height = max(graph.height(target) for target in targets)
@@ -116,6 +156,9 @@ def make_loop(
     cuts = even_cuts(height, min(rows, lowest)) if isinstance(rows, int) else tuple(rows)
     mine = frozenset(carried) & frozenset(nodes)
     table = row_intervals(graph, nodes, targets, cuts, mine)
+    if balanced and isinstance(rows, int) and len(cuts) > 1:
+        cuts = balanced_cuts(graph, cuts, table)
+        table = row_intervals(graph, nodes, targets, cuts, mine)
     read = set(sources) | {index for row in table for index in row.reads}
     return Loop(
         name,

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lrcnn_lightning.plan.cost import Cost, program_cost
 from lrcnn_lightning.plan.keeping import Keeping, choose_residencies
@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from lrcnn_lightning.plan.saved import SavedPlan
     from lrcnn_lightning.plan.schedule import Instruction
 
-__all__ = ["Choices", "Part", "Plan", "build_plan", "carried_nodes", "plain_plan"]
+__all__ = ["Choices", "Heights", "Part", "Plan", "build_plan", "carried_nodes", "plain_plan"]
+
+
+Heights = Literal["even", "balanced"]
+"""Of the rows: all alike, or such that all need the same memory (`loop.balanced_cuts`)."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Part:
     mode: str
     rows: int
     keeping: Keeping
+    heights: Heights = "even"
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,14 @@ class Choices:
     keeping: Keeping = "lean"
     parts: tuple[Part, ...] = ()
     exceptions: tuple[tuple[int, Residency], ...] = ()
+    heights: Heights = "even"
 
     def part(self, first: int) -> Part:
         """What holds for the segment that begins with the node ``first``."""
         before = [part for part in self.parts if part.first <= first]
-        return replace(before[-1], first=first) if before else Part(first, self.mode, self.rows, self.keeping)
+        if before:
+            return replace(before[-1], first=first)
+        return Part(first, self.mode, self.rows, self.keeping, self.heights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +162,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data (JSON): choices, predictions, segments with their residencies and schedule."""
-        from lrcnn_lightning.plan.report import as_data
+        from lrcnn_lightning.plan.data import as_data
 
         return as_data(self)
 
@@ -237,6 +245,7 @@ def build_plan(
             chunks,
             differentiable,
             on_demand=part.keeping != "borders",
+            balanced=part.heights == "balanced",
         )
         segments.append(builder.build(training=kind == "rows"))
     prologue = tuple(p for p in range(len(graph.nodes)) if graph.roles[p] is Role.PROLOGUE)

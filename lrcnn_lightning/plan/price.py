@@ -21,7 +21,7 @@ __all__ = ["exchanges"]
 
 def exchanges(plan: Plan, count: int) -> list[tuple[int, Residency]]:
     """At most ``count`` maps worth keeping, the best first, and as many that are not, in turn."""
-    work = Work(plan.graph, plan.machine, 0.0)
+    work = Work(plan.graph, plan.machine, plan.machine.seconds_a_slab * plan.rows)
     keeps: list[tuple[float, int]] = []
     drops: list[tuple[float, int]] = []
     for segment in plan.segments:

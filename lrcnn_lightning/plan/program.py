@@ -146,10 +146,11 @@ class ProgramBuilder:
         chunks: Sequence[Interval],
         differentiable: Collection[int],
         on_demand: bool = False,
+        balanced: bool = False,
     ) -> None:
         self.graph, self.name = graph, name
         self.nodes = tuple(nodes)
-        self.residencies, self.on_demand = residencies, on_demand
+        self.residencies, self.on_demand, self.balanced = residencies, on_demand, balanced
         self.rows, self.carried, self.chunks = rows, carried, tuple(chunks)
         self.differentiable = differentiable
         inside = {output for position in nodes for output in graph.nodes[position].outputs}
@@ -245,6 +246,7 @@ class ProgramBuilder:
                 self.rows,
                 self.carried,
                 self.chunks,
+                self.balanced,
             )
             loops.append(loop)
             steps.append(RunRows(loop))
@@ -322,7 +324,8 @@ class ProgramBuilder:
                 kept = (v for v in (*self.inputs, *self.inside) if graph.is_map(v) and self._at_hand(v))
                 nodes, sources = closure(graph, due, {*kept, *alive})
                 name = f"{self.name}.r{i}"
-                loop = make_loop(graph, name, nodes, sources, due, (), (), self.rows, self.carried, self.chunks)
+                divided = (self.rows, self.carried, self.chunks, self.balanced)
+                loop = make_loop(graph, name, nodes, sources, due, (), (), *divided)
                 result.append(RunRows(loop))
             result.append(step)
         return result
@@ -387,7 +390,8 @@ class ProgramBuilder:
         available = {i for i in (*self.inputs, *self.inside) if graph.is_map(i) and i not in streamed}
         targets = {*outputs, *(graph.nodes[p].inputs[0] for p in reductions)}
         nodes, sources = closure(graph, targets, available)
-        loop = make_loop(graph, name, nodes, sources, (), reductions, outputs, self.rows, self.carried, self.chunks)
+        divided = (self.rows, self.carried, self.chunks, self.balanced)
+        loop = make_loop(graph, name, nodes, sources, (), reductions, outputs, *divided)
         carries = next((f.name for f in forward_loops if loop.carries and loop.same_rows(f)), None)
         steps: list[Step] = []
         if carries is not None:

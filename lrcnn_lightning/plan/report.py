@@ -1,25 +1,33 @@
-"""A plan for people: a table, and plain data."""
+"""A plan for people: tables of text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import io
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
 from lrcnn_lightning.config import format_size
-from lrcnn_lightning.errors import PlanError
 from lrcnn_lightning.plan.cost import program_cost
-from lrcnn_lightning.plan.keeping import KEEPINGS, Keeping
 from lrcnn_lightning.plan.loop import Loop
 from lrcnn_lightning.plan.memory import PeakMemory
 from lrcnn_lightning.plan.program import RunRows, SegmentProgram
-from lrcnn_lightning.plan.residency import Residency
-from lrcnn_lightning.plan.schedule import instructions
-from lrcnn_lightning.rules import RowGraph
+from lrcnn_lightning.plan.work import Work
+from lrcnn_lightning.rules import Role, RowGraph
 
 if TYPE_CHECKING:
-    from lrcnn_lightning.plan.plan import Choices, Plan
+    from lrcnn_lightning.plan.plan import Plan
 
-__all__ = ["as_data", "choices_of", "held_at_peak", "report"]
+__all__ = ["held_at_peak", "report"]
+
+_WIDTH = 150
+"""Columns of the printed tables, at most."""
 
 _POLICY = {
     "two_phase": "halos carried (two-phase sharing, 2PS)",
@@ -29,7 +37,7 @@ _POLICY = {
 
 
 def report(plan: Plan) -> str:
-    """The plan as text: what runs by rows, what is kept, what runs whole, and the predictions."""
+    """The plan as text: what runs by rows, what is kept and why, what runs whole, and the predictions."""
     lines = [f"plan: {plan.mode}, {_POLICY[plan.mode]}"]
     inputs = ", ".join(f"{v.name} {list(v.shape)}" for v in plan.graph.graph.inputs)
     lines.append(f"  input            {inputs}")
@@ -44,17 +52,42 @@ def report(plan: Plan) -> str:
         return "\n".join(lines)
     lines.append(f"  batch chunks     {plan.chunks}")
     lines += [f"  note             {note.text}" for note in plan.notes]
-    lines.append(f"  {'segment':8} {'stages':>6} {'rows':>5}  {'carries':>10}  {'kept':>10}  operations")
-    for segment in plan.segments:
-        lines.append("  " + _segment_line(plan.graph, segment))
+    columns = (
+        "segment",
+        "operations",
+        "stages",
+        "rows",
+        "lines a row",
+        "halos",
+        "carries",
+        "kept, and why",
+    )
+    lines.append(_table(columns, [_segment_cells(plan, segment) for segment in plan.segments]))
     whole = plan.graph.whole_nodes()
     if whole:
         lines.append("  runs whole (no row rule for what arrives):")
+        work = Work(plan.graph, plan.machine, plan.machine.seconds_a_call)
+        cells = []
         for node in whole:
             shapes = ", ".join(str(list(plan.graph.values[o].shape)) for o in node.outputs)
             size = format_size(sum(plan.graph.values[o].bytes for o in node.outputs))
-            lines.append(f"    {node.op} at {node.module or 'the top'}: {shapes}, {size}")
+            share = work.forward(plan.graph.nodes.index(node)) / plan.plain_cost.seconds
+            cells.append((str(node.op), node.module or "the top", shapes, size, f"{100 * share:.1f} %"))
+        lines.append(_table(("operation", "at", "makes", "of", "of plain time, forward"), cells))
     return "\n".join(lines)
+
+
+def _table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table as text that fits any width."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    numbers = ("stages", "rows", "lines a row", "carries", "of", "of plain time, forward")
+    for column in columns:
+        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    for row in cells:
+        table.add_row(*(Text(cell) for cell in row))
+    stream = io.StringIO()
+    Console(file=stream, width=_WIDTH, color_system=None, legacy_windows=False).print(Padding(table, (0, 0, 0, 2)))
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
 
 def _times(ratio: float) -> str:
@@ -62,16 +95,55 @@ def _times(ratio: float) -> str:
     return f"{ratio:.1f} times less" if ratio >= 1 else f"{1 / ratio:.1f} times more"
 
 
-def _segment_line(graph: RowGraph, segment: SegmentProgram) -> str:
+def _segment_cells(plan: Plan, segment: SegmentProgram) -> tuple[str, ...]:
+    graph = plan.graph
     names = [node.module or str(node.op) for node in (graph.nodes[p] for p in segment.nodes)]
     span = names[0] if names[0] == names[-1] else f"{names[0]} ... {names[-1]}"
     if segment.plain:
-        return f"{segment.name:8} {'-':>6} {'whole':>5}  {'-':>10}  {'-':>10}  {span}"
+        return segment.name, span, "-", "whole", "-", "-", "-", "-"
     loops = [step.loop for step in segment.forward if isinstance(step, RunRows)]
-    rows = max(len(loop.rows) for loop in loops)
+    longest = max(loops, key=lambda loop: len(loop.rows))
+    policy = "recomputed" if plan.choices.part(segment.nodes[0]).mode == "overlap" else "from full maps"
+    if any(loop.carries for loop in loops):
+        policy = "carried"
     carried = sum(_carried_bytes(graph, loop) for loop in loops)
-    kept = sum(graph.values[i].bytes for i in {*segment.kept, *segment.outputs} - {*segment.inputs} if graph.is_map(i))
-    return f"{segment.name:8} {len(loops):>6} {rows:>5}  {format_size(carried):>10}  {format_size(kept):>10}  {span}"
+    return (
+        segment.name,
+        span,
+        str(len(loops)),
+        str(len(longest.rows)),
+        _heights(longest),
+        policy,
+        format_size(carried),
+        _kept(plan, segment),
+    )
+
+
+def _heights(loop: Loop) -> str:
+    """Lines of the tallest target in the first, a middle and the last row: ``144, 128, 112``, or one number."""
+    heights = [b - a for a, b in itertools.pairwise((0, *loop.cuts))]
+    shown = [heights[0], heights[len(heights) // 2], heights[-1]]
+    return str(shown[0]) if max(heights) - min(heights) <= 1 else ", ".join(map(str, shown))
+
+
+def _kept(plan: Plan, segment: SegmentProgram) -> str:
+    """What a segment keeps, by the reason, with its bytes."""
+    graph, excepted = plan.graph, dict(plan.choices.exceptions)
+    found: dict[str, list[int]] = {}
+    for index in {*segment.kept, *segment.outputs} - {*segment.inputs}:
+        if not graph.is_map(index):
+            continue
+        if index in segment.outputs:
+            reason = "border"
+        elif index in excepted:
+            reason = "cheaper kept than made again"
+        elif any(graph.roles[reader] is Role.REDUCE for reader in graph.readers[index]):
+            reason = "normalised, and narrow"
+        else:
+            reason = "made whole"
+        found.setdefault(reason, []).append(graph.values[index].bytes)
+    texts = [f"{len(sizes)} {reason}: {format_size(sum(sizes))}" for reason, sizes in sorted(found.items())]
+    return ", ".join(texts) or "nothing"
 
 
 def _carried_bytes(graph: RowGraph, loop: Loop) -> int:
@@ -103,79 +175,3 @@ def held_at_peak(plan: Plan) -> str:
     if len(largest) > 5:
         shown.append(f"others {format_size(sum(size for _, size in largest[5:]))}")
     return ", ".join(shown)
-
-
-def as_data(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON-ready data."""
-    graph, choices = plan.graph, plan.explicit
-    return {
-        "mode": plan.mode,
-        "rows": choices.rows,
-        "batch_chunks": choices.batch_chunks,
-        "segments": [
-            {
-                "first": graph.nodes[part.first].name,
-                "mode": part.mode,
-                "rows": part.rows,
-                "keeping": part.keeping,
-            }
-            for part in choices.parts
-        ],
-        "exceptions": {graph.values[value].name: str(residency) for value, residency in choices.exceptions},
-        "training": plan.training,
-        "peak_bytes": plan.peak_bytes,
-        "plain_peak_bytes": plan.plain_peak_bytes,
-        "overhead": plan.overhead,
-        "inputs": {v.name: list(v.shape) for v in graph.graph.inputs},
-        "residency": {
-            graph.values[i].name: str(r) for segment in plan.segments for i, r in segment.residencies.items()
-        },
-        "schedule": [str(line) for line in instructions(plan)],
-    }
-
-
-def choices_of(data: Mapping[str, Any], graph: RowGraph) -> Choices:
-    """The choices in the data of a plan, for a graph with nodes of the same names.
-
-    Raises `PlanError` where the data does not fit.
-    """
-    from lrcnn_lightning.plan.plan import Choices, Part
-
-    positions = {node.name: position for position, node in enumerate(graph.nodes)}
-    parts = []
-    for number, given in enumerate(data["segments"]):
-        if given["first"] not in positions:
-            raise PlanError(
-                f"segment {number} of the plan begins with {given['first']!r}, and this module has no operation of "
-                f"that name; its operations are {', '.join(list(positions)[:6])}, ... (see `plan.to_dict()`)"
-            )
-        if given["mode"] not in _POLICY or not isinstance(given["rows"], int) or given["rows"] < 1:
-            raise PlanError(
-                f"segment {number} of the plan: mode {given['mode']!r}, rows {given['rows']!r}; allowed are the modes "
-                "'two_phase' and 'overlap', and a positive number of rows"
-            )
-        if given["keeping"] not in KEEPINGS:
-            raise PlanError(
-                f"segment {number} of the plan: keeping {given['keeping']!r}; allowed are {', '.join(KEEPINGS)}"
-            )
-        parts.append(Part(positions[given["first"]], given["mode"], given["rows"], given["keeping"]))
-    values = {value.name: value.index for value in graph.values}
-    exceptions = []
-    for name, text in data.get("exceptions", {}).items():
-        if name not in values:
-            raise PlanError(f"exceptions of the plan: this module has no map {name!r} (see `plan.to_dict()`)")
-        try:
-            exceptions.append((values[name], Residency.parse(text)))
-        except ValueError as error:
-            raise PlanError(f"exceptions of the plan: {name!r} is {text!r}; {error}") from error
-    keeping: Keeping = parts[0].keeping if parts else "lean"
-    ordered = tuple(sorted(parts, key=lambda part: part.first))
-    return Choices(
-        data["mode"],
-        data["rows"],
-        max(1, len(parts)),
-        data["batch_chunks"],
-        keeping,
-        ordered,
-        tuple(sorted(exceptions)),
-    )

@@ -11,9 +11,9 @@ from typing import Any
 
 from lrcnn_lightning.config import format_size
 from lrcnn_lightning.errors import PlanError
+from lrcnn_lightning.plan.data import choices_of
 from lrcnn_lightning.plan.machine import CPU, Machine
 from lrcnn_lightning.plan.plan import Plan, build_plan, plain_plan
-from lrcnn_lightning.plan.report import choices_of
 from lrcnn_lightning.rules import RowGraph
 
 __all__ = ["SavedPlan", "load_plan", "load_plans"]

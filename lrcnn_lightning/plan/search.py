@@ -225,6 +225,7 @@ class _Moves:
             for rows in (part.rows * 2, part.rows * 3 // 2, part.rows // 2):
                 if 1 < rows <= _MOST_ROWS:
                     yield replace(part, rows=rows)
+        yield replace(part, heights="balanced" if part.heights == "even" else "even")
         keepings: list[Keeping] = ["lean", "demand", "narrow", "borders"]
         yield from (replace(part, keeping=k) for k in keepings if k != part.keeping and self.barriers)
         if self.config.mode == "auto":

@@ -8,6 +8,8 @@ rows cost.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from lrcnn_lightning.graph import Value
 from lrcnn_lightning.plan.machine import Machine
 from lrcnn_lightning.plan.retained import VIEWS
@@ -19,25 +21,37 @@ _SMALL = 4096
 """Elements of biases and scales, at most."""
 
 
+class _Price(NamedTuple):
+    """Of an operation on full maps: seconds of its arithmetic, of moving its maps and its weights; bytes of the result
+    and of all its maps.
+    """
+
+    arithmetic: float
+    traffic: float
+    weights: float
+    made: float
+    maps: float
+
+
 class Work:
     """Seconds of the nodes of a graph, each call at a fixed price of ``seconds_a_call``."""
 
     def __init__(self, graph: RowGraph, machine: Machine, seconds_a_call: float) -> None:
         self.graph, self.machine, self.seconds_a_call = graph, machine, seconds_a_call
-        self._prices: dict[int, tuple[float, float, float]] = {}
+        self._prices: dict[int, _Price] = {}
 
     def forward(self, position: int, share: float = 1.0) -> float:
         """Of a call on a share of its map."""
-        scaled, fixed, made = self._price(position)
-        return share * scaled + fixed + self.seconds_a_call + self.fresh(share * made)
+        price = self._price(position)
+        return self._scaled(price, share) + price.weights + self.seconds_a_call + self.fresh(share * price.made)
 
     def backward(self, position: int, share: float = 1.0, wanted: int = 1, weights: int = 0) -> float:
         """Of the backward pass of a call: a convolution runs once for each gradient that is ``wanted``, and each of
         ``weights`` among them is written and added to a sum.
         """
-        scaled, fixed, made = self._price(position)
-        seconds = max(wanted, 1) * share * scaled + (1 + 2 * weights) * fixed + self.seconds_a_call
-        return seconds + wanted * self.fresh(share * made)
+        price = self._price(position)
+        seconds = max(wanted, 1) * self._scaled(price, share) + (1 + 2 * weights) * price.weights + self.seconds_a_call
+        return seconds + wanted * self.fresh(share * price.made)
 
     def fresh(self, size: float) -> float:
         """Of having ``size`` bytes for the first time, where that is so large that the memory was never used before."""
@@ -47,18 +61,22 @@ class Work:
         """Of reading or writing ``size`` bytes so many ``times``."""
         return size * times / self.machine.bytes_a_second
 
-    def _price(self, position: int) -> tuple[float, float, float]:
-        """Seconds that shrink with the share, seconds that do not, and bytes of the result."""
+    def _scaled(self, price: _Price, share: float) -> float:
+        """Of what shrinks with the share; of maps that stay in the cache the more."""
+        fits = share * price.maps <= self.machine.cache_bytes
+        return share * (price.arithmetic + price.traffic / (self.machine.cache_speedup if fits else 1.0))
+
+    def _price(self, position: int) -> _Price:
         price = self._prices.get(position)
         if price is None:
             price = self._prices[position] = self._priced(position)
         return price
 
-    def _priced(self, position: int) -> tuple[float, float, float]:
+    def _priced(self, position: int) -> _Price:
         machine, graph = self.machine, self.graph
         node, rule = graph.nodes[position], graph.rules[position]
         if node.op in VIEWS:
-            return 0.0, 0.0, 0.0
+            return _Price(0.0, 0.0, 0.0, 0.0, 0.0)
         made = float(sum(graph.values[o].bytes for o in node.outputs))
         whole = [i for i in node.inputs if not graph.is_map(i)]
         maps = made + sum(graph.values[i].bytes for i in node.inputs if graph.is_map(i))
@@ -69,8 +87,8 @@ class Work:
             speed = machine.pooled_bytes_a_second
         else:
             speed = machine.bytes_a_second
-        scaled = self.operations(position) / machine.operations_a_second + maps / speed
-        return scaled, weights / machine.weight_bytes_a_second, made
+        arithmetic = self.operations(position) / machine.operations_a_second
+        return _Price(arithmetic, maps / speed, weights / machine.weight_bytes_a_second, made, maps)
 
     def operations(self, position: int) -> float:
         """Multiplications and additions of a convolution or matrix product on full maps, forward."""
