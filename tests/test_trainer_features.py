@@ -27,6 +27,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.model_summary import ModelSummary
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrcnn_lightning import LRCNNStrategy
 from lrcnn_lightning.rowwise import RowwiseForward
@@ -550,6 +551,27 @@ class BrokenOff(Task):
         return loss
 
 
+class InTheRows(TorchDispatchMode):
+    """Breaks off a step at one of the many calls of an operation that its rows make."""
+
+    def __init__(self, module: BrokenOff) -> None:
+        super().__init__()
+        self.module, self.calls = module, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        wanted = {
+            "in the rows": aten.convolution.default,
+            "in the rows of the backward pass": aten.convolution_backward.default,
+        }
+        if func is wanted.get(self.module.where) and type(args[0]) is Tensor:
+            self.calls += 1
+            if self.calls == 5:
+                self.module.count = 2
+                self.module.strike(self.module.where)
+        return func(*args, **(kwargs or {}))
+
+
 class Interrupt(nn.Module):
     """Runs while the module is traced, in the middle of the capture."""
 
@@ -570,7 +592,13 @@ class Interrupt(nn.Module):
     [
         ("in the capture", KeyboardInterrupt),
         *itertools.product(
-            ["after the rows", "in the backward pass", "after the rows of the backward pass"],
+            [
+                "in the rows",
+                "after the rows",
+                "in the backward pass",
+                "in the rows of the backward pass",
+                "after the rows of the backward pass",
+            ],
             [KeyError, KeyboardInterrupt],
         ),
     ],
@@ -582,7 +610,7 @@ def test_a_step_that_is_broken_off_leaves_the_module_clean(where: str, error: ty
     hooks = {name: [len(getattr(child, table)) for table in HOOKS] for name, child in module.named_modules()}
     trainer = Trainer(strategy=rows(), max_epochs=1, precision="64-true", num_sanity_val_steps=0, **QUIET)
     # Lightning ends the process when the user interrupts it.
-    with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
+    with pytest.raises(SystemExit if error is KeyboardInterrupt else error), InTheRows(module):
         trainer.fit(module, loader(), loader(4))
     assert module.where == "past", "the step was not broken off"
     assert patched(module) == []
