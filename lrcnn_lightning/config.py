@@ -112,7 +112,7 @@ class RowConfig:
             plan that fits. ``None``: the least memory within ``max_overhead``. ``"auto"``: what the device has free,
             or, with an explicit ``mode``, as ``None``.
         max_overhead: Predicted extra time that the planner may spend when no budget forces more, as a fraction of the
-            time of plain training: at least 0, where ``0.35`` is 35 % more and ``inf`` any amount.
+            time of plain training: at least 0, where ``0.35`` is 35 % more and ``inf`` (``.inf`` in YAML) any amount.
         axis: Dimension of the input along which rows are cut (2 is the height of ``N C H W``; negative counts from the
             end), or ``"auto"``: the longest spatial axis.
         modules: Names of the submodules to run row-wise, as in ``named_modules()``; one name, several, or ``"auto"``:
@@ -169,6 +169,16 @@ class RowConfig:
         if budget is None or isinstance(budget, int):
             return budget
         return "auto" if budget == "auto" else parse_size(budget)
+
+    @property
+    def chooses_freely(self) -> bool:
+        """Whether mode, rows, segments and chunks are all left to the planner."""
+        return self.mode == self.rows == self.segments == self.batch_chunks == "auto"
+
+    @property
+    def fits_free_memory(self) -> bool:
+        """Whether the budget is what the device has free."""
+        return self.memory_budget == "auto" and self.chooses_freely
 
     @property
     def module_names(self) -> tuple[str, ...] | None:

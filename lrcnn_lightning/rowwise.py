@@ -11,6 +11,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -79,6 +80,8 @@ class RowwiseForward:
         self._runs_plain = False
         self.given: SavedPlan | None = None
         """A plan that was given; nothing is searched for then."""
+        self.passing = False
+        """Whether it is there for the time of a step only, and not for good as by `rowwise`."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry no plans: they are made again when needed."""
@@ -86,6 +89,15 @@ class RowwiseForward:
         state.update(plan=None, training_plan=None, _graphs=OrderedDict(), _plans=OrderedDict(), _unsupported=None)
         state.update(notify=_warn, observe=None)
         return state
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy or a pickle made during a step, of a teacher or for a file, has the module's own forward.
+
+        No step would ever take a row-wise one away from it.
+        """
+        if not self.passing:
+            return super().__reduce_ex__(protocol)
+        return _plain_forward, (self.module, self.previous)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._runs_plain or torch.compiler.is_compiling():
@@ -219,6 +231,11 @@ class RowwiseForward:
 
 
 _V = TypeVar("_V")
+
+
+def _plain_forward(module: nn.Module, previous: Callable[..., Any] | None) -> Callable[..., Any]:
+    """A module's forward without rows; ``previous`` is one that the user has set on the instance."""
+    return MethodType(type(module).forward, module) if previous is None else previous
 
 
 def _remember(table: OrderedDict[Any, _V], key: Any, value: _V) -> _V:
@@ -497,6 +514,7 @@ class RowwiseSession:
     def _forward(self, name: str, module: nn.Module) -> RowwiseForward:
         forward = RowwiseForward(module, self.config, name, self._descend if self.automatic else None, self.notify)
         forward.given = self.given.get(name)
+        forward.passing = True
         forward.observe = self._observe
         return forward
 

@@ -6,11 +6,7 @@ import copy
 import gc
 import importlib
 import inspect
-import os
 import pickle
-import socket
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -277,7 +273,7 @@ def test_registering_again_changes_nothing(namespace: str) -> None:
 
 @pytest.mark.parametrize("kind", [LRCNNStrategy, LRCNNDDPStrategy])
 def test_the_options_are_those_of_the_configuration(kind: Any) -> None:
-    base = next(cls for cls in kind.__mro__ if cls.__name__ == "_Rowwise")
+    base = next(cls for cls in kind.__mro__ if cls.__name__ == "RowwiseSteps")
     parameters = inspect.signature(base.__init__).parameters
     assert {name: p.default for name, p in parameters.items() if name not in ("self", "plan", "kwargs")} == {
         field.name: field.default for field in fields(RowConfig)
@@ -304,61 +300,6 @@ def test_a_wrong_option_is_refused() -> None:
         with pytest.raises(ConfigError, match=rf"^{kind.__name__} takes options by name only .*write .*{advice}$"):
             kind(given)
     assert LRCNNDDPStrategy(find_unused_parameters=True, rows=2)._ddp_kwargs == {"find_unused_parameters": True}
-
-
-def in_a_new_process(code: str) -> str:
-    repository = str(Path(lrcnn_lightning.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": repository}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-BLOCKED = """
-import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {names}:
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Blocked())
-import importlib.util
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name in {names} else find(name, package)
-"""
-
-
-def test_the_engine_works_without_lightning() -> None:
-    code = BLOCKED.format(names={"lightning", "pytorch_lightning"}) + (
-        "import torch, lrcnn_lightning as lr\n"
-        "net = torch.nn.Conv2d(3, 4, 3)\n"
-        "x = torch.randn(1, 3, 8, 8)\n"
-        "assert torch.allclose(net(x), lr.rowwise(net, mode='overlap', rows=2)(x), atol=1e-5)\n"
-        "try: lr.LRCNNStrategy\n"
-        "except ImportError as error: print(error)\n"
-    )
-    assert "install lightning or pytorch-lightning" in in_a_new_process(code)
-
-
-def test_importing_the_package_does_not_import_lightning_and_registers_when_it_is_imported() -> None:
-    code = (
-        "import sys, lrcnn_lightning\n"
-        "assert not any(name.partition('.')[0].endswith('lightning') for name in sys.modules if name[:5] != 'lrcnn')\n"
-        "from lightning.pytorch.strategies import StrategyRegistry\n"
-        "assert StrategyRegistry['lrcnn']['strategy'] is lrcnn_lightning.LRCNNStrategy\n"
-        "assert 'pytorch_lightning' not in sys.modules\n"
-    )
-    in_a_new_process(code)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("pytorch_lightning") is None, reason="not installed")
-def test_pytorch_lightning_alone() -> None:
-    code = BLOCKED.format(names={"lightning"}) + (
-        "import pytorch_lightning, lrcnn_lightning, pickle\n"
-        "trainer = pytorch_lightning.Trainer(strategy='lrcnn_two_phase', logger=False, accelerator='cpu')\n"
-        "assert type(trainer.strategy) is lrcnn_lightning.LRCNNStrategy\n"
-        "assert type(pickle.loads(pickle.dumps(trainer.strategy))) is lrcnn_lightning.LRCNNStrategy\n"
-    )
-    in_a_new_process(code)
 
 
 # Training
@@ -463,43 +404,6 @@ def test_a_checkpoint_moves_between_strategies(first: str, second: str, tmp_path
         runs.append(fit(after, ckpt_path=str(tmp_path / "half.ckpt"))[0])
         assert runs[-1].global_step == 8
     assert_same_run(*runs, 1e-9, tmp_path)
-
-
-@pytest.mark.parametrize("namespace", NAMESPACES)
-@pytest.mark.parametrize("strategy", ["lrcnn_two_phase", lambda: LRCNNStrategy(mode="overlap", rows=3)])
-def test_one_class_serves_the_trainers_of_both_lightnings(plain: Any, namespace: str, strategy: Any) -> None:
-    library = importlib.import_module(namespace)
-
-    class Other(Steps, library.LightningModule):  # type: ignore[misc,name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.head = body(), nn.Linear(6, 3)
-
-        forward = Task.forward
-
-    given = strategy if isinstance(strategy, str) else strategy()
-    trainer, module = fit(given, Other, trainer=library.Trainer)
-    assert_same(plain[1].state_dict(), module.state_dict(), 1e-9, "weights")
-    assert isinstance(trainer.strategy, LRCNNStrategy)
-    assert isinstance(trainer.strategy, library.strategies.SingleDeviceStrategy)
-    assert type(trainer.strategy).__mro__[3].__module__.startswith(namespace)
-    if not isinstance(strategy, str):
-        assert trainer.strategy is given
-        assert given.config == RowConfig(mode="overlap", rows=3)
-        assert given.plans["body"].mode == "overlap"
-    unused = library.Trainer(strategy=given if isinstance(strategy, str) else strategy(), **QUIET).strategy
-    assert type(pickle.loads(pickle.dumps(unused))) is type(trainer.strategy)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("pytorch_lightning") is None, reason="not installed")
-def test_a_subclass_serves_the_trainer_of_its_own_lightning() -> None:
-    class Mine(LRCNNStrategy):  # type: ignore[misc,valid-type]
-        pass
-
-    assert type(Trainer(strategy=Mine(), **QUIET).strategy) is Mine
-    other = importlib.import_module("pytorch_lightning")
-    with pytest.raises(ConfigError, match=r"derive it from `lrcnn_lightning\.strategy\.PytorchLightningLRCNNStrategy`"):
-        other.Trainer(strategy=Mine(), **QUIET)
 
 
 # What a Trainer does around the steps
@@ -779,104 +683,3 @@ def test_compiled_modules_are_refused() -> None:
 
     trainer, _ = fit(LRCNNStrategy(**ROWWISE[0]), CompiledHead, max_epochs=1)
     assert trainer.strategy.plans["body"].mode == "two_phase"
-
-
-# Command line
-
-
-def cli(arguments: list[str]) -> Any:
-    module = pytest.importorskip("lightning.pytorch.cli")
-    pytest.importorskip("jsonargparse")
-    defaults = {name: value for name, value in QUIET.items()}
-    made = module.LightningCLI(Task, run=False, save_config_callback=None, args=arguments, trainer_defaults=defaults)
-    return made.trainer.strategy
-
-
-def test_the_command_line_of_lightning(tmp_path: Path) -> None:
-    strategy = cli(["--trainer.strategy=lrcnn_overlap"])
-    assert type(strategy) is LRCNNStrategy and strategy.config == RowConfig(mode="overlap")
-    strategy = cli(
-        [
-            "--trainer.strategy=lrcnn_lightning.LRCNNStrategy",
-            "--trainer.strategy.rows=4",
-            "--trainer.strategy.memory_budget=2GiB",
-            "--trainer.strategy.modules=[body, head]",
-        ]
-    )
-    assert strategy.config == RowConfig(rows=4, memory_budget="2GiB", modules=["body", "head"])
-    assert strategy.parallel_devices == []
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        "trainer:\n  strategy:\n    class_path: lrcnn_lightning.LRCNNDDPStrategy\n"
-        "    init_args: {mode: two_phase, rows: auto, max_overhead: 1, find_unused_parameters: true}\n"
-    )
-    strategy = cli(["--config", str(config)])
-    assert type(strategy) is LRCNNDDPStrategy and strategy.config == RowConfig(mode="two_phase", max_overhead=1.0)
-    assert strategy._ddp_kwargs["find_unused_parameters"] is True
-
-
-# Several processes
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def in_two_processes() -> None:
-    """What each of the two processes runs: DDP training, plain and row-wise, compared."""
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    options: dict[str, Any] = {"devices": 2, "max_epochs": 1}
-    for task, kwargs in ((Task, {}), (Direct, {}), (Manual, {"find_unused_parameters": True})):
-        plain, _ = fit("ddp_find_unused_parameters_true" if kwargs else "ddp", task, **options)
-        strategy = LRCNNDDPStrategy(**ROWWISE[task is Direct], **kwargs)
-        ours, module = fit(strategy, task, **options)
-        assert_same(plain.lightning_module.state_dict(), module.state_dict(), 1e-9, task.__name__)
-        assert_same(dict(plain.callback_metrics), dict(ours.callback_metrics), 1e-9, task.__name__)
-        assert {plan.mode for plan in strategy.plans.values()} == {strategy.config.mode}
-        every = strategy.all_gather(module.head.weight.detach())
-        assert torch.equal(every[0], every[1]), "the processes have different weights"
-        assert not any(isinstance(vars(child).get("forward"), RowwiseForward) for child in module.modules())
-    accumulated = [fit(name, accumulate_grad_batches=2, **options)[1] for name in ("ddp", "lrcnn_ddp_two_phase")]
-    assert_same(accumulated[0].state_dict(), accumulated[1].state_dict(), 1e-9, "accumulation")
-    with pytest.raises(ValueError, match="SyncBatchNorm layers only work with GPU modules"):  # PyTorch's own
-        fit("lrcnn_ddp_two_phase", sync_batchnorm=True, **options)
-    (folder / os.environ["LOCAL_RANK"]).touch()
-
-
-def test_two_processes(tmp_path: Path) -> None:
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0"}
-    environment |= {"PYTHONPATH": str(Path(lrcnn_lightning.__file__).parents[1]), "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path)],
-            env={**environment, "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
-    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
-
-
-@pytest.mark.slow
-def test_spawned_processes() -> None:
-    options: dict[str, Any] = {"devices": 2, "max_epochs": 1}
-    _, plain = fit("ddp_spawn", **options)
-    trainer, ours = fit(LRCNNDDPStrategy(start_method="spawn", **ROWWISE[0]), **options)
-    assert_same(plain.state_dict(), ours.state_dict(), 1e-9, "weights")
-    assert trainer.strategy.plans == {}, "the plans are those of the processes"
-
-
-if __name__ == "__main__":
-    in_two_processes()

@@ -51,6 +51,7 @@ def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
     """
     if any(isinstance(child, torch.jit.ScriptModule) for child in module.modules()):
         raise CaptureError("it contains a TorchScript module, which has no Python code to trace")
+    _refuse_sharded(module)
     leaves, structure = take_apart((tuple(args), dict(kwargs or {})))
     tensors = [(place, leaf) for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
     devices = [tensor.device for _, tensor in tensors if tensor.is_cuda]
@@ -165,6 +166,28 @@ def _quietly() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def _refuse_sharded(module: nn.Module) -> None:
+    """Raise for parameters that are in pieces on several devices, which no operation but their own puts together.
+
+    FSDP2's ``fully_shard`` does so for the time of a call of the module that it was given, not for one inside of it.
+    """
+    sharded = [name for name, parameter in module.named_parameters() if _is_sharded(parameter)]
+    if sharded:
+        raise CaptureError(
+            f"its parameters are sharded over several devices ({', '.join(sharded[:3])}"
+            f"{', ...' if len(sharded) > 3 else ''}); allowed is fully_shard() of the row-wise module itself, or of "
+            "modules around it, and none inside of it"
+        )
+
+
+def _is_sharded(parameter: torch.Tensor) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor)
 
 
 def _example(tensor: torch.Tensor, widened: bool) -> torch.Tensor:

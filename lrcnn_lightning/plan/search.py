@@ -60,11 +60,9 @@ def choose_plan(
             f"allowed are 1 to {height}, or 'auto'"
         )
     budget = config.budget_bytes
-    free_choice = config.rows == config.segments == config.batch_chunks == "auto"
     if budget == "auto":
-        chooses_freely = config.mode == "auto" and free_choice
-        budget = usable_bytes(device) if chooses_freely else None
-    if config.mode == "auto" and free_choice and budget is not None and not graph.communicates:
+        budget = usable_bytes(device) if config.fits_free_memory else None
+    if config.chooses_freely and budget is not None and not graph.communicates:
         plain = plain_plan(graph, leaves, training, Machine.of(device))
         if plain.peak_bytes <= budget:
             return plain

@@ -12,15 +12,36 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lrcnn_lightning.graph import Node, Ref
 from lrcnn_lightning.rules.expansion import Builder, expands
 from lrcnn_lightning.rules.normalisation import normalise
+from lrcnn_lightning.rules.pointwise import pointwise
 from lrcnn_lightning.rules.reduction import moments
+from lrcnn_lightning.rules.rule import Operator, RowRule, Scope, register
 
 __all__ = ["expand_layer_norm", "expand_rms_norm"]
 
 aten = torch.ops.aten
+
+
+def _scaled(x: Tensor, factor: Tensor) -> Tensor:
+    return (x * factor).to(x.dtype)
+
+
+def _shifted(x: Tensor, offset: Tensor) -> Tensor:
+    return (x + offset).to(x.dtype)
+
+
+scaled, shifted = Operator("scaled", _scaled), Operator("shifted", _shifted)
+"""Products and sums in the dtype of the map, as in ATen's normalisations: under autocast weights have a wider one."""
+
+
+@register("pointwise", scaled, shifted)
+def affine_rule(scope: Scope) -> RowRule | None:
+    """``scaled(input, factor)`` and ``shifted(input, offset)``."""
+    return pointwise(scope)
 
 
 def _over_space(builder: Builder, node: Node) -> int | None:
@@ -59,12 +80,10 @@ def expand_layer_norm(builder: Builder, node: Node) -> bool:
         for part in ("mean", "variance")
     ]
     builder.emit(node, moments, (x, groups), tuple(s.index for s in statistics), "moments")
-    steps = [
-        (op, operand) for op, operand in ((aten.mul.Tensor, weight), (aten.add.Tensor, bias)) if operand is not None
-    ]
+    steps = [(op, operand) for op, operand in ((scaled, weight), (shifted, bias)) if operand is not None]
     normalised = builder.like(node, out, "normalised") if steps else Ref(node.outputs[0])
     eps = _argument(node, 4, "eps", 1e-5)
-    builder.emit(node, normalise, (x, *statistics, None, None, eps), (normalised.index,), "normalise")
+    builder.emit(node, normalise, (x, *statistics, None, None, eps, node.op), (normalised.index,), "normalise")
     _affine(builder, node, normalised, steps)
     return True
 
@@ -88,6 +107,6 @@ def expand_rms_norm(builder: Builder, node: Node) -> bool:
     smallest = torch.finfo(value.dtype).eps if eps is None else eps
     builder.emit(node, aten.add.Scalar, (mean, smallest), (stable.index,), "stable")
     builder.emit(node, aten.rsqrt.default, (stable,), (scale.index,), "rsqrt")
-    steps = [(aten.mul.Tensor, scale)] + ([] if weight is None else [(aten.mul.Tensor, weight)])
+    steps = [(scaled, scale)] + ([] if weight is None else [(scaled, weight)])
     _affine(builder, node, node.args[0], steps)
     return True

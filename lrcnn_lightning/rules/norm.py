@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrcnn_lightning.rules.precision import as_read_by
 from lrcnn_lightning.rules.reduction import kept_batch, reduced_dimensions, restored, wide, within_rows
 from lrcnn_lightning.rules.rule import WHOLE, Axes, Interval, Reduction, RowRule, Scope, register
 
@@ -30,7 +31,7 @@ class Norm(Reduction):
     def partial(self, slab: Tensor, rows: Interval) -> tuple[Any, ...]:
         x = wide(slab)
         powers = x * x if self.power == 2 else x.abs().pow(self.power)
-        return powers.sum(self.dims, keepdim=self.keepdim), slab.dtype
+        return powers.sum(self.dims, keepdim=self.keepdim), as_read_by(aten.linalg_vector_norm.default, slab).dtype
 
     def merge(self, first: tuple[Any, ...], second: tuple[Any, ...]) -> tuple[Any, ...]:
         return first[0] + second[0], first[1]

@@ -22,6 +22,7 @@ from torch import Tensor
 from lrcnn_lightning.graph import CUMULATIVE, Node, Ref
 from lrcnn_lightning.rules.expansion import Builder, expands
 from lrcnn_lightning.rules.pointwise import AlongRows, cut_whole
+from lrcnn_lightning.rules.precision import as_read_by
 from lrcnn_lightning.rules.reduction import moments
 from lrcnn_lightning.rules.rule import Axes, Operator, RowRule, Scope, Tile, register
 
@@ -44,6 +45,14 @@ def _with_plain_strides(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, (x.numel(), *x.stride()[1:])) if _strides_mislead(x) else x
 
 
+def _like(statistic: Tensor, affine: Tensor | None) -> Tensor | None:
+    """A weight in the type of the statistics: ATen takes both in half precision or both in float32.
+
+    The statistics of maps in half precision are float32; the weights of a module in half precision are not.
+    """
+    return None if affine is None else affine.to(statistic.dtype)
+
+
 class _Normalise(torch.autograd.Function):
     """Frozen-statistics batch normalisation that also differentiates its statistics.
 
@@ -56,6 +65,7 @@ class _Normalise(torch.autograd.Function):
         ctx.save_for_backward(x, mean, variance, weight)
         ctx.eps = eps
         x = _with_plain_strides(x)
+        weight, bias = (_like(mean, affine) for affine in (weight, bias))
         return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, torch.backends.cudnn.enabled)
 
     @staticmethod
@@ -63,6 +73,7 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         x, mean, variance, weight = ctx.saved_tensors
         x, gradient = _with_plain_strides(x), _with_plain_strides(gradient)
+        weight = _like(mean, weight)
         needs = ctx.needs_input_grad
         statistics = needs[1] or needs[2]
         result, for_weight, for_bias = aten.native_batch_norm_backward.default(
@@ -93,7 +104,12 @@ class _Normalise(torch.autograd.Function):
         )
 
 
-def _normalise(x: Tensor, mean: Tensor, variance: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
+def _normalise(
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Any, bias: Any, eps: float, written: Any = None
+) -> Tensor:
+    """``written``: the operation that this stands for, if autocast treats it in a way of its own."""
+    if written is not None:
+        x = as_read_by(written, x)
     if mean.dim() == 1:
         result: Tensor = _Normalise.apply(x, mean, variance, weight, bias, eps)  # type: ignore[no-untyped-call]
         return result
@@ -132,7 +148,7 @@ class Normalise(RowRule):
 
 @register("normalisation", normalise)
 def normalise_rule(scope: Scope) -> RowRule | None:
-    """``normalise(input, mean, variance, weight, bias, eps)``."""
+    """``normalise(input, mean, variance, weight, bias, eps, written)``."""
     axes = scope.of(scope.node.args[0])
     if axes.row is None or axes.row < 2 or not scope.only_first_has_rows():
         return None
@@ -181,10 +197,12 @@ def _update_statistics(
         others = (count - 1).clamp(min=1) if isinstance(count, Tensor) else max(count - 1, 1)
         unbiased = variance * (count / others)
         for running, now in ((running_mean, mean), (running_variance, unbiased)):
+            # In the type of the moments and rounded once, as in ATen: running statistics may be in half precision.
+            before = running.to(now.dtype)
             if batches is None:
-                running.mul_(1 - momentum).add_(now.to(running.dtype), alpha=momentum)
+                running.copy_(before * (1 - momentum) + now * momentum)
             else:
-                running.lerp_(now.to(running.dtype), 1 / batches.to(running.dtype))
+                running.copy_(before.lerp(now, 1 / batches.to(now.dtype)))
 
 
 update_statistics = Operator("update_statistics", _update_statistics)
@@ -205,7 +223,7 @@ def _split(builder: Builder, node: Node, x: Ref, groups: int | None, affine: tup
     shape = (value.shape[1],) if groups is None else (value.shape[0], groups)
     statistics = [builder.value(f"{node.name}_{part}", shape, dtype, value.device) for part in ("mean", "variance")]
     builder.emit(node, moments, (x, groups), tuple(s.index for s in statistics), "moments")
-    builder.emit(node, normalise, (x, *statistics, *affine, eps), node.outputs, "normalise")
+    builder.emit(node, normalise, (x, *statistics, *affine, eps, node.op), node.outputs, "normalise")
     return statistics
 
 

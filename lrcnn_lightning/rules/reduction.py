@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lrcnn_lightning.rules.pointwise import AlongRows
+from lrcnn_lightning.rules.precision import as_read_by
 from lrcnn_lightning.rules.rule import WHOLE, Axes, Interval, Operator, Reduction, RowRule, Scope, register
 
 __all__ = ["Moments", "Sum", "global_average", "kept_batch", "moments", "reduced_dimensions", "restored", "wide"]
@@ -44,9 +45,10 @@ class Sum(Reduction):
     dtype: torch.dtype | None
     keeps_batch: int | None
     axes: tuple[Axes, ...] = (WHOLE,)
+    operation: Any = None
 
     def partial(self, slab: Tensor, rows: Interval) -> tuple[Any, ...]:
-        return wide(slab).sum(self.dims, keepdim=self.keepdim), slab.dtype
+        return wide(slab).sum(self.dims, keepdim=self.keepdim), as_read_by(self.operation, slab).dtype
 
     def merge(self, first: tuple[Any, ...], second: tuple[Any, ...]) -> tuple[Any, ...]:
         return first[0] + second[0], first[1]
@@ -96,9 +98,9 @@ def _reduced(scope: Scope, given: Any, keepdim: bool, mean: bool) -> Reduction |
     divisor = 1
     for dim in dims if mean else ():
         divisor *= shape[dim]
-    return Sum(
-        dims, keepdim, divisor, scope.output.shape, scope.node.kwargs.get("dtype"), kept_batch(scope, dims, keepdim)
-    )
+    dtype = scope.node.kwargs.get("dtype")
+    batch = kept_batch(scope, dims, keepdim)
+    return Sum(dims, keepdim, divisor, scope.output.shape, dtype, batch, operation=scope.node.op)
 
 
 def within_rows(scope: Scope, dims: Sequence[int], keepdim: bool) -> RowRule | None:
@@ -145,7 +147,7 @@ def global_average(scope: Scope, position: int) -> Reduction | None:
     divisor = 1
     for dim in dims:
         divisor *= shape[dim]
-    return Sum(dims, True, divisor, out, None, kept_batch(scope, dims, True))
+    return Sum(dims, True, divisor, out, None, kept_batch(scope, dims, True), operation=scope.node.op)
 
 
 @dataclass(frozen=True)
