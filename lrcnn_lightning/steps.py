@@ -27,7 +27,7 @@ from lrcnn_lightning.messages import needless_rows, path, summary
 from lrcnn_lightning.plan.plan import Plan
 from lrcnn_lightning.plan.saved import load_plans
 from lrcnn_lightning.plan.search import usable_bytes
-from lrcnn_lightning.rowwise import RowwiseSession
+from lrcnn_lightning.session import RowwiseSession
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

@@ -22,7 +22,8 @@ from lrcnn_lightning import CaptureError, ConfigError, InputError, LRCNNStrategy
 from lrcnn_lightning.config import format_size
 from lrcnn_lightning.messages import needless_rows, summary
 from lrcnn_lightning.monitor import measure_fake
-from lrcnn_lightning.rowwise import RowwiseForward, RowwiseSession
+from lrcnn_lightning.rowwise import RowwiseForward
+from lrcnn_lightning.session import RowwiseSession
 
 IMAGES = torch.randn(2, 3, 16, 12)
 QUIET: dict[str, Any] = {

@@ -14,7 +14,8 @@ from torch import nn
 
 import lrcnn_lightning
 from lrcnn_lightning import CaptureError, ConfigError, DoubleBackwardError, InputError, PlanError
-from lrcnn_lightning.rowwise import RowwiseForward, select_modules
+from lrcnn_lightning.rowwise import RowwiseForward
+from lrcnn_lightning.session import select_modules
 
 
 def _net() -> nn.Sequential:
