@@ -184,7 +184,7 @@ def test_rows_of_unequal_heights_balance_the_skew(mode: str) -> None:
 
 def test_single_maps_are_kept_or_dropped_where_that_pays() -> None:
     """The pooled map of a residual network's stem is small, and pass after pass computes it from a much larger one."""
-    module, shape = resnet50(), (1, 3, 512, 512)
+    module, shape = resnet50(), (1, 3, 1024, 1024)
     graph, leaves = situation(module, shape)
     chosen = choose_plan(graph, leaves, True, RowConfig(memory_budget=None), CPU)
     assert chosen.overhead <= 0.35 and chosen.choices.exceptions

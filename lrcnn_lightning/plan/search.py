@@ -40,6 +40,8 @@ _REFINED_NODES = 20_000
 _EXCHANGED = 4
 """Maps that are tried kept, and tried dropped, at each step of the refinement."""
 _STARTS = 3
+_PRESSING = 8.0
+"""The first price of a limit that is exceeded from the start."""
 _DEARER = 1.3
 _RESTS = 6
 """How the price of the limit changes at each step, and after how many steps without a change the walk ends."""
@@ -143,6 +145,8 @@ class _Search:
         counts.
         """
         price, resting = 1.0, 0
+        if self._exceeds(*self.tried[current.choices]):
+            price = _PRESSING
         while limit > 0 and resting < _RESTS:
             limit -= 1  # so that a walk in circles ends, too
             here = self._priced(*self.tried[current.choices], price)
