@@ -22,7 +22,7 @@ class Machine:
     """Multiplications and additions of convolutions and matrix products."""
     bytes_a_second: float = 8e9
     """Read and written by pointwise operations, copies and sums."""
-    convolved_bytes_a_second: float = 3.4e9
+    convolved_bytes_a_second: float = 2.5e9
     """Of the maps that a convolution reads and writes, which are laid out anew."""
     weight_bytes_a_second: float = 10e9
     """Of a convolution's weights, which are laid out anew in every call, and of their gradients."""
@@ -30,7 +30,7 @@ class Machine:
     """Of the maps that poolings and resizings read and write."""
     large_bytes: float = 32 * 2**20
     """From this size on a result is fresh memory."""
-    fresh_bytes_a_second: float = 8e9
+    fresh_bytes_a_second: float = 3e9
     cache_bytes: float = 24 * 2**20
     """A call whose maps take no more finds them in the cache."""
     cache_speedup: float = 2.0
