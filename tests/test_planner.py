@@ -7,7 +7,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from lrcnn_lightning.models import resnet50, unet, vgg16
 from lrcnn_lightning.monitor import measure_fake
 from lrcnn_lightning.plan.keeping import KEEPINGS
 from lrcnn_lightning.plan.plan import Choices, Plan, build_plan
+from lrcnn_lightning.plan.price import exchanges
 from lrcnn_lightning.plan.residency import KEEP
 from lrcnn_lightning.plan.search import choose_plan
 from lrcnn_lightning.rules import RowGraph
@@ -182,18 +182,15 @@ def test_rows_of_unequal_heights_balance_the_skew(mode: str) -> None:
     assert ", ".join(map(str, (heights[0], heights[2], heights[-1]))) in str(plans[1])
 
 
-def test_single_maps_are_kept_or_dropped_where_that_pays() -> None:
+def test_single_maps_are_kept_where_that_pays() -> None:
     """The pooled map of a residual network's stem is small, and pass after pass computes it from a much larger one."""
     module, shape = resnet50(), (1, 3, 1024, 1024)
     graph, leaves = situation(module, shape)
-    chosen = choose_plan(graph, leaves, True, RowConfig(memory_budget=None), CPU)
-    assert chosen.overhead <= 0.35 and chosen.choices.exceptions
-    rule = build_plan(graph, leaves, True, replace(chosen.choices, exceptions=()))
-    assert rule.overhead > 0.35 or rule.peak_bytes > chosen.peak_bytes
-    peak = measured(module, shape, chosen.to_dict())
-    assert peak == pytest.approx(chosen.peak_bytes, rel=0.10)
     pool = next(v.index for v in graph.values if "max_pool" in v.name)
-    streamed = build_plan(graph, leaves, True, Choices("two_phase", 4, 1, 1, "lean"))
-    kept = build_plan(graph, leaves, True, Choices("two_phase", 4, 1, 1, "lean", exceptions=((pool, KEEP),)))
-    assert kept.cost.seconds < streamed.cost.seconds
-    assert kept.peak_bytes - streamed.peak_bytes <= graph.values[pool].bytes
+    streamed = build_plan(graph, leaves, True, Choices("two_phase", 8, 1, 1, "lean"))
+    assert exchanges(streamed, 6)[0] == (pool, KEEP)
+    kept = build_plan(graph, leaves, True, Choices("two_phase", 8, 1, 1, "lean", exceptions=((pool, KEEP),)))
+    assert kept.cost.seconds < 0.97 * streamed.cost.seconds
+    assert kept.peak_bytes - streamed.peak_bytes <= 1.1 * graph.values[pool].bytes
+    peak = measured(module, shape, kept.to_dict())
+    assert peak == pytest.approx(kept.peak_bytes, rel=0.10)
