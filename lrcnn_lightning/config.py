@@ -173,7 +173,13 @@ class RowConfig:
     @property
     def chooses_freely(self) -> bool:
         """Whether mode, rows, segments and chunks are all left to the planner."""
-        return self.mode == self.rows == self.segments == self.batch_chunks == "auto"
+        return not self.given_choices
+
+    @property
+    def given_choices(self) -> tuple[str, ...]:
+        """What is not left to the planner, as it was written: ``("mode='overlap'", "rows=4")``."""
+        choices = ("mode", "rows", "segments", "batch_chunks")
+        return tuple(f"{name}={value!r}" for name in choices if (value := getattr(self, name)) != "auto")
 
     @property
     def fits_free_memory(self) -> bool:

@@ -91,11 +91,7 @@ def needless_rows(config: RowConfig, plans: Mapping[str, Plan], free: int) -> st
     predicted to take no longer.
     """
     by_rows = {name: plan for name, plan in plans.items() if plan.mode != "plain" and plan.training}
-    given = [
-        f"{option}={value!r}"
-        for option in ("mode", "rows", "segments", "batch_chunks")
-        if (value := getattr(config, option)) != "auto"
-    ]
+    given = config.given_choices
     plain = sum(plan.plain_peak_bytes for plan in by_rows.values())
     overhead = max((plan.overhead for plan in by_rows.values()), default=0.0)
     if not given or not by_rows or config.memory_budget != "auto" or plain > free or overhead < 0.005:

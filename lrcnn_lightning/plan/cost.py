@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from lrcnn_lightning.plan.halos import Span
 from lrcnn_lightning.plan.loop import BackwardPass, Loop
 from lrcnn_lightning.plan.machine import CPU, Machine
@@ -27,13 +25,11 @@ from lrcnn_lightning.plan.program import (
     SegmentProgram,
     Sweep,
 )
-from lrcnn_lightning.plan.retained import VIEWS, bytes_of, extra_bytes, retains
+from lrcnn_lightning.plan.retained import VIEWS, bytes_of, extra_bytes, passes_gradient_on, retains
 from lrcnn_lightning.plan.work import Work, is_large, is_parameter
 from lrcnn_lightning.rules import RowGraph, RowRule
 
 __all__ = ["Cost", "program_cost"]
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -257,7 +253,6 @@ class _Simulation:
                         memory.free(("slab", value))
                     memory.free(("fresh", value))
         # The engine walks back: gradients of results come, those of inputs are made, what was saved is dropped.
-        alive: dict[int, float] = {}
         for position in reversed(run.nodes):
             if position not in run.differentiated:
                 continue
@@ -279,14 +274,11 @@ class _Simulation:
                 producer = graph.producer.get(index)
                 if index not in run.maps and producer not in run.differentiated:
                     continue
-                size = bytes_of(graph, index, needed.length, samples)
-                if node.op in VIEWS or node.op in (aten.add.Tensor, aten.cat.default):
-                    size = 0.0 if node.op is not aten.cat.default else size
+                size = 0.0 if passes_gradient_on(node) else bytes_of(graph, index, needed.length, samples)
                 key = ("slab gradient", index)
                 if key in memory:
                     memory.touch(size)
                 memory.allocate(key, size)
-                alive[index] = size
                 wanted += 1
                 if index in run.maps:
                     self.seconds += self.work.traffic(size, 3)  # added to the gradient map

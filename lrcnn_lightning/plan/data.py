@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, get_args
 from lrcnn_lightning.errors import PlanError
 from lrcnn_lightning.plan.keeping import KEEPINGS, Keeping
 from lrcnn_lightning.plan.residency import Residency
-from lrcnn_lightning.plan.schedule import instructions
 from lrcnn_lightning.rules import RowGraph
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "residency": {
             graph.values[i].name: str(r) for segment in plan.segments for i, r in segment.residencies.items()
         },
-        "schedule": [str(line) for line in instructions(plan)],
+        "schedule": [str(line) for line in plan.schedule],
     }
 
 

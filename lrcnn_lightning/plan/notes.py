@@ -50,8 +50,7 @@ def _batch_chunks(plan: Plan, config: RowConfig) -> Note | None:
     used = plan.chunks
     if not isinstance(config.batch_chunks, int) or used >= config.batch_chunks:
         return None
-    samples = max((plan.graph.samples(value.index) for value in plan.graph.graph.inputs), default=0)
-    reason, advice = f"it has {samples}", "a larger batch can be divided more often"
+    reason, advice = f"it has {plan.graph.input_samples}", "a larger batch can be divided more often"
     if not plan.graph.batch_splits:
         reason, advice = "an operation mixes its samples", "rows are a way to divide the work all the same"
     return Note(
@@ -64,12 +63,8 @@ def _batch_chunks(plan: Plan, config: RowConfig) -> Note | None:
 def _overhead(plan: Plan, config: RowConfig) -> Note | None:
     if not plan.training or plan.overhead <= config.max_overhead:
         return None
-    given = [
-        f"{name}={value!r}"
-        for name in ("mode", "rows", "segments", "batch_chunks")
-        if (value := getattr(config, name)) != "auto"
-    ]
-    freer = f"leave out {' or '.join(given)}, so that the planner has more to choose from; " if given else ""
+    given = " or ".join(config.given_choices)
+    freer = f"leave out {given}, so that the planner has more to choose from; " if given else ""
     return Note(
         "max_overhead",
         f"no plan was found whose extra work is within max_overhead={config.max_overhead:g}; the one with the least is "

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import torch
-
 from lrcnn_lightning.plan.cost import Cost
 from lrcnn_lightning.plan.machine import CPU, Machine
 from lrcnn_lightning.plan.memory import Memory
-from lrcnn_lightning.plan.retained import VIEWS, extra_bytes, retains
+from lrcnn_lightning.plan.retained import VIEWS, extra_bytes, passes_gradient_on, retains
 from lrcnn_lightning.plan.work import Work, is_large, is_parameter
 from lrcnn_lightning.rules import Role, RowGraph
 
 __all__ = ["plain_cost"]
-
-aten = torch.ops.aten
 
 
 def _shared_memory(graph: RowGraph, positions: Sequence[int]) -> list[int]:
@@ -80,8 +76,7 @@ def plain_cost(graph: RowGraph, differentiable: Collection[int], machine: Machin
                 weights += is_large(graph, index)
                 continue
             wanted += 1
-            free_of_cost = node.op in VIEWS or node.op is aten.add.Tensor
-            memory.allocate(("gradient", index), 0 if free_of_cost else graph.values[index].bytes)
+            memory.allocate(("gradient", index), 0 if passes_gradient_on(node) else graph.values[index].bytes)
         for value in node.outputs:
             memory.free(("gradient", value))
         for value in saved_by.get(position, []):

@@ -185,6 +185,19 @@ class ProgramBuilder:
             self.residencies,
         )
 
+    def _loop(
+        self,
+        name: str,
+        nodes: Sequence[int],
+        sources: Collection[int],
+        stored: Collection[int],
+        reductions: Sequence[int] = (),
+        further: Collection[int] = (),
+    ) -> Loop:
+        """A loop, divided as all loops of the segment are; ``further`` are targets that are not stored."""
+        divided = (self.rows, self.carried, self.chunks, self.balanced)
+        return make_loop(self.graph, name, nodes, sources, stored, reductions, further, *divided)
+
     def _levels(self) -> tuple[dict[int, int], dict[int, int]]:
         """Per value: the level whose loop makes it (maps), or before which it is there (whole values). Per node too."""
         value_level: dict[int, int] = {}
@@ -235,19 +248,7 @@ class ProgramBuilder:
                 continue
             wanted = {*stored, *(graph.nodes[position].inputs[0] for position in reductions)}
             nodes, sources = closure(graph, wanted, available)
-            loop = make_loop(
-                graph,
-                f"{self.name}.f{level}",
-                nodes,
-                sources,
-                stored,
-                reductions,
-                (),
-                self.rows,
-                self.carried,
-                self.chunks,
-                self.balanced,
-            )
+            loop = self._loop(f"{self.name}.f{level}", nodes, sources, stored, reductions)
             loops.append(loop)
             steps.append(RunRows(loop))
             available.update(stored)
@@ -294,28 +295,31 @@ class ProgramBuilder:
                     steps.append(BackwardWhole(group[0]))
                 continue
             steps.extend(self._group(f"{self.name}.b{number}", group, forward_loops, used))
+        reads = [reads_of(graph, step) for step in steps]
         restored = [
             index
             for index in sorted(self.inside)
             if self._made_by_rows(index)
             and self.residencies[index].backward == "transient"
             and index not in self.outputs
-            and any(index in reads_of(graph, step) for step in steps)
+            and any(index in read for read in reads)
         ]
-        steps = self._with_restored(steps, restored)
+        steps = self._with_restored(steps, reads, restored)
         needed = {index for step in steps for index in reads_of(graph, step)}
         at_hand = {*self.inputs, *(i for i in self.inside if self._at_hand(i))}
         kept = tuple(sorted(at_hand & needed))
         return self._with_backward_frees(steps), kept, used
 
-    def _with_restored(self, steps: list[Step], restored: Sequence[int]) -> list[Step]:
+    def _with_restored(
+        self, steps: list[Step], reads: Sequence[Collection[int]], restored: Sequence[int]
+    ) -> list[Step]:
         """Bring TRANSIENT maps back: all in one sweep before the first step, or each before its first reader.
 
         On demand only one or two exist at a time, but the rows of each are computed from the nearest maps at hand, so a
         chain of n of them is walked n times.
         """
         graph = self.graph
-        readers = {v: [i for i, step in enumerate(steps) if v in reads_of(graph, step)] for v in restored}
+        readers = {v: [i for i, read in enumerate(reads) if v in read] for v in restored}
         result: list[Step] = []
         for i, step in enumerate(steps):
             due = [v for v in restored if (readers[v][0] if self.on_demand else 0) == i]
@@ -323,10 +327,7 @@ class ProgramBuilder:
                 alive = {v for v in restored if readers[v][0] < i <= readers[v][-1]} if self.on_demand else set()
                 kept = (v for v in (*self.inputs, *self.inside) if graph.is_map(v) and self._at_hand(v))
                 nodes, sources = closure(graph, due, {*kept, *alive})
-                name = f"{self.name}.r{i}"
-                divided = (self.rows, self.carried, self.chunks, self.balanced)
-                loop = make_loop(graph, name, nodes, sources, due, (), (), *divided)
-                result.append(RunRows(loop))
+                result.append(RunRows(self._loop(f"{self.name}.r{i}", nodes, sources, due)))
             result.append(step)
         return result
 
@@ -390,8 +391,7 @@ class ProgramBuilder:
         available = {i for i in (*self.inputs, *self.inside) if graph.is_map(i) and i not in streamed}
         targets = {*outputs, *(graph.nodes[p].inputs[0] for p in reductions)}
         nodes, sources = closure(graph, targets, available)
-        divided = (self.rows, self.carried, self.chunks, self.balanced)
-        loop = make_loop(graph, name, nodes, sources, (), reductions, outputs, *divided)
+        loop = self._loop(name, nodes, sources, (), reductions, outputs)
         carries = next((f.name for f in forward_loops if loop.carries and loop.same_rows(f)), None)
         steps: list[Step] = []
         if carries is not None:

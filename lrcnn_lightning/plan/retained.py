@@ -7,7 +7,7 @@ import torch
 from lrcnn_lightning.graph import Node
 from lrcnn_lightning.rules import RowGraph
 
-__all__ = ["VIEWS", "bytes_of", "extra_bytes", "retains"]
+__all__ = ["VIEWS", "bytes_of", "extra_bytes", "passes_gradient_on", "retains"]
 
 aten = torch.ops.aten
 
@@ -78,6 +78,11 @@ def retains(node: Node) -> tuple[bool, bool]:
     if node.op in _SAVES_RESULT:
         return False, True
     return node.op not in _SAVES_NOTHING, False
+
+
+def passes_gradient_on(node: Node) -> bool:
+    """Whether the gradient of an input has the memory of the result's gradient."""
+    return node.op in VIEWS or node.op is aten.add.Tensor
 
 
 def bytes_of(graph: RowGraph, value: int, rows: int, samples: int) -> float:

@@ -54,7 +54,7 @@ def choose_plan(
 
     Raises `ConfigError` when more rows are asked for than the input has, and `PlanError` when nothing fits a budget.
     """
-    height = max((graph.height(value.index) for value in graph.graph.inputs), default=0)
+    height = graph.input_height
     if isinstance(config.rows, int) and config.rows > height:
         shapes = ", ".join(str(list(v.shape)) for v in graph.graph.inputs)
         raise ConfigError(
@@ -92,7 +92,7 @@ def search_plans(
     tried: dict[Choices, tuple[int, float]] | None = None,
 ) -> Plan:
     """The best plan that is found; ``tried`` takes the peak (bytes) and the work (seconds) of every one tried."""
-    height = max((graph.height(value.index) for value in graph.graph.inputs), default=0)
+    height = graph.input_height
     search = _Search(graph, leaves, training, budget, max_overhead, machine)
     for options in _stages(graph, config, height, training):
         search.vary(options)
@@ -151,11 +151,12 @@ class _Search:
             limit -= 1  # so that a walk in circles ends, too
             here = self._priced(*self.tried[current.choices], price)
             for choices in moves.of(current):
+                plan = None
                 if choices not in self.tried:
                     limit -= 1
-                    self._try(choices)
+                    plan = self._try(choices)
                 if self._priced(*self.tried[choices], price) < here - 1e-4:
-                    current, resting = self._made(choices), -1
+                    current, resting = plan or self._made(choices), -1
                     break
                 if limit <= 0:
                     break
@@ -175,12 +176,13 @@ class _Search:
     def _made(self, choices: Choices) -> Plan:
         return build_plan(self.graph, self.leaves, self.training, choices, self.machine)
 
-    def _try(self, choices: Choices) -> None:
+    def _try(self, choices: Choices) -> Plan:
         """Build and price a plan, and remember it if it is the best one so far."""
         plan = self._made(choices)
         self.tried[choices] = plan.cost.peak_bytes, plan.cost.seconds
         if self.best is None or self._rank(*self.tried[choices]) < self._rank(*self.tried[self.best.choices]):
             self.best = plan
+        return plan
 
     def vary(self, options: dict[str, Sequence[Any]]) -> None:
         """Try all combinations of these options, the others being those of the best plan so far."""
@@ -258,7 +260,7 @@ def _stages(graph: RowGraph, config: RowConfig, height: int, training: bool) -> 
     """Which options are varied together, in order: where borders stand and what is kept, then rows, then chunks."""
     rows = [config.rows] if isinstance(config.rows, int) else [r for r in _ROWS if 2 * r <= height] or [1]
     segments = [config.segments] if isinstance(config.segments, int) else list(_SEGMENTS if training else (1,))
-    samples = max((graph.samples(value.index) for value in graph.graph.inputs), default=1)
+    samples = graph.input_samples
     chunks = [config.batch_chunks] if isinstance(config.batch_chunks, int) else [1]
     if config.batch_chunks == "auto" and samples > 1 and graph.batch_splits:
         chunks = sorted({1, min(samples, 4), max(1, samples // 4), samples})

@@ -78,6 +78,16 @@ class RowGraph:
         batch = self.axes.get(value, WHOLE).batch
         return 0 if batch is None else self.values[value].shape[batch]
 
+    @property
+    def input_height(self) -> int:
+        """The largest number of rows of an input."""
+        return max((self.height(value.index) for value in self.graph.inputs), default=0)
+
+    @property
+    def input_samples(self) -> int:
+        """The largest batch of an input; 0 if none has a batch axis."""
+        return max((self.samples(value.index) for value in self.graph.inputs), default=0)
+
     def is_map(self, value: int) -> bool:
         """Whether the value has a row axis."""
         return self.axes.get(value, WHOLE).row is not None

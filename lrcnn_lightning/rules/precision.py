@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrcnn_lightning.graph import under_autocast
+
 __all__ = ["as_read_by"]
 
 
@@ -22,10 +24,9 @@ def as_read_by(operation: Any, x: Tensor) -> Tensor:
     """
     if x.dtype not in (torch.float16, torch.bfloat16):
         return x
-    kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not under_autocast(x.device):
         return x
-    return x.float() if _is_widened(operation, kind) else x
+    return x.float() if _is_widened(operation, x.device.type) else x
 
 
 @cache
