@@ -42,6 +42,9 @@ class Cost:
     """Live bytes of activation memory after each allocation of the step."""
     peak_segment: int = 0
     """The number of the segment that is run, forward or backward, when the peak is reached."""
+    backward_peaks: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+    """Per segment, by its name: the peak during each step of its backward pass, in bytes. Loops that restore maps are
+    part of the step that follows them."""
 
 
 class _Simulation:
@@ -52,6 +55,7 @@ class _Simulation:
         self.work = Work(graph, machine, machine.seconds_a_slab)
         self.memory = Memory()
         self.seconds = 0.0
+        self.backward_peaks: dict[str, tuple[int, ...]] = {}
 
     def _share(self, value: int, rows: int, samples: int) -> float:
         height, batch = self.graph.height(value), self.graph.samples(value)
@@ -159,6 +163,8 @@ class _Simulation:
     def backward(self, segment: SegmentProgram, kept_before: Collection[int]) -> None:
         """``kept_before``: what earlier segments keep for their own backward pass, which comes later."""
         memory = self.memory
+        peaks: list[int] = []
+        memory.mark()
         for step in segment.backward:
             if isinstance(step, BackwardRows):
                 self._pass(step.run, step.carries if step.drops else None)
@@ -173,6 +179,9 @@ class _Simulation:
                     memory.free(("map", step.value))
             elif isinstance(step, FreeGradient) and step.value not in segment.outputs:
                 memory.free(("gradient", step.value))
+            if isinstance(step, (BackwardRows, BackwardWhole, Sweep)):
+                peaks.append(memory.mark())
+        self.backward_peaks[segment.name] = tuple(peaks)
         for index in (*segment.kept, *segment.outputs):
             if index not in kept_before:
                 memory.free(("map", index))
@@ -367,4 +376,6 @@ def program_cost(
                         memory.free(("gradient", output))
             else:
                 simulation.backward(segment, {index for earlier in segments[:number] for index in earlier.kept})
-    return Cost(memory.peak, simulation.seconds, tuple(memory.timeline), peaks.get(memory.peak, 0))
+    return Cost(
+        memory.peak, simulation.seconds, tuple(memory.timeline), peaks.get(memory.peak, 0), simulation.backward_peaks
+    )

@@ -12,10 +12,21 @@ class Memory:
 
     def __init__(self) -> None:
         self.live = 0
-        self.peak = 0
+        self._before = 0  # the peak until the last mark
+        self._recent = 0  # the peak since then
         self.timeline: list[int] = []
         """Live bytes after each allocation."""
         self._families: dict[str, dict[tuple[Any, ...], int]] = {}
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that were ever live."""
+        return max(self._before, self._recent)
+
+    def mark(self) -> int:
+        """The most bytes that were live since the last mark."""
+        recent, self._before, self._recent = self._recent, self.peak, self.live
+        return recent
 
     def allocate(self, key: tuple[Any, ...], size: float) -> None:
         """A tensor under a key that is not in use; under one in use, nothing happens."""
@@ -24,7 +35,7 @@ class Memory:
             return
         family[key] = int(size)
         self.live += int(size)
-        self.peak = max(self.peak, self.live)
+        self._recent = max(self._recent, self.live)
         self.timeline.append(self.live)
 
     def free(self, key: tuple[Any, ...]) -> None:
@@ -48,7 +59,7 @@ class Memory:
 
     def touch(self, size: float) -> None:
         """A tensor that lives for an instant."""
-        self.peak = max(self.peak, self.live + int(size))
+        self._recent = max(self._recent, self.live + int(size))
 
     def __contains__(self, key: tuple[Any, ...]) -> bool:
         return key in self._families.get(key[0], {})

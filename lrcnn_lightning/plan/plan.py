@@ -9,12 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lrcnn_lightning.plan.builder import ProgramBuilder
 from lrcnn_lightning.plan.cost import Cost, program_cost
 from lrcnn_lightning.plan.keeping import Keeping, choose_residencies
 from lrcnn_lightning.plan.loop import Loop
 from lrcnn_lightning.plan.machine import CPU, Machine
 from lrcnn_lightning.plan.plain import plain_cost
-from lrcnn_lightning.plan.program import ProgramBuilder, RunRows, SegmentProgram
+from lrcnn_lightning.plan.program import RunRows, SegmentProgram
 from lrcnn_lightning.plan.residency import Residencies, Residency
 from lrcnn_lightning.plan.segments import differentiable_values, segment_borders, stretches
 from lrcnn_lightning.rules import Interval, Role, RowGraph, RowRule
@@ -225,6 +226,7 @@ def build_plan(
             plain.extend((nodes, "rows") for nodes in _runs(graph, stretch.nodes, choices))
     outputs_of = _borders(graph, [nodes for nodes, _ in plain])
     segments: list[SegmentProgram] = []
+    builders: dict[int, ProgramBuilder] = {}
     for number, (nodes, kind) in enumerate(plain):
         name, outputs = f"s{number}", outputs_of[number]
         if kind == "plain":
@@ -248,8 +250,23 @@ def build_plan(
             balanced=part.heights == "balanced",
         )
         segments.append(builder.build(training=kind == "rows"))
+        if part.keeping != "borders" and builder.restores_twice:
+            builders[number] = builder
     prologue = tuple(p for p in range(len(graph.nodes)) if graph.roles[p] is Role.PROLOGUE)
-    return Plan(graph, choices, tuple(segments), frozenset(differentiable), training, prologue, machine)
+    plan = Plan(graph, choices, tuple(segments), frozenset(differentiable), training, prologue, machine)
+    return _with_room(plan, builders)
+
+
+def _with_room(plan: Plan, builders: Mapping[int, ProgramBuilder]) -> Plan:
+    """The plan whose segments restore maps before they are due, where that takes no more than the plan's peak."""
+    if not builders:
+        return plan
+    segments = list(plan.segments)
+    for number, builder in builders.items():
+        peaks = plan.cost.backward_peaks[builder.name]
+        segments[number] = builder.build(training=True, room=[plan.peak_bytes - peak for peak in peaks])
+    roomy = replace(plan, segments=tuple(segments))
+    return roomy if roomy.peak_bytes <= plan.peak_bytes and roomy.cost.seconds < plan.cost.seconds else plan
 
 
 def plain_plan(graph: RowGraph, leaves: Collection[int], training: bool, machine: Machine = CPU) -> Plan:
