@@ -19,7 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lrcnn_lightning.config import RowConfig
-from lrcnn_lightning.engine.execute import execute, requires_grad_leaves
+from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
 from lrcnn_lightning.errors import CaptureError, ConfigError, InputError, RowwiseError
 from lrcnn_lightning.graph import capture, own_error, processes, take_apart, under_autocast
 from lrcnn_lightning.messages import inner_hooks
@@ -72,7 +72,7 @@ class RowwiseForward:
         self.training_plan: Plan | None = None
         """The plan of the latest call with a backward pass."""
         self._graphs: OrderedDict[Any, RowGraph] = OrderedDict()
-        self._plans: OrderedDict[Any, Plan] = OrderedDict()
+        self._plans: OrderedDict[Any, Execution] = OrderedDict()
         self._unsupported: Callable[[RowwiseForward, CaptureError, Callable[[], Any]], Any] | None = unsupported
         self._runs_plain = False
         self.given: SavedPlan | None = None
@@ -101,21 +101,21 @@ class RowwiseForward:
             return self.original(*args, **kwargs)
         uncaptured: CaptureError | None = None
         try:
-            chosen, inputs = self._prepare(args, kwargs)
+            execution, inputs = self._prepare(args, kwargs)
         except CaptureError as error:
             uncaptured = error
         except RowwiseError as error:
             raise type(error)(f"{self._where()}: {error}") from error
         if uncaptured is not None:  # outside of the handler: an error of the module's own has no other behind it
             return self._uncaptured(uncaptured, args, kwargs)
-        self.plan = chosen
+        self.plan = chosen = execution.plan
         if chosen.training:
             self.training_plan = chosen
         if self.observe is not None:
             self.observe(self, args, kwargs)
         if chosen.mode == "plain":
             return self.original(*args, **kwargs)
-        return execute(chosen, self.module, inputs)
+        return execution(self.module, inputs)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward."""
@@ -125,7 +125,7 @@ class RowwiseForward:
 
     def plan_for(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Plan:
         """The plan for a call with these arguments."""
-        return self._prepare(tuple(args), dict(kwargs))[0]
+        return self._prepare(tuple(args), dict(kwargs))[0].plan
 
     def _where(self) -> str:
         kind = type(self.module).__name__
@@ -138,7 +138,7 @@ class RowwiseForward:
     def _smaller_for_hooks(self) -> str:
         return "name smaller modules in `modules`" if self.name else "call rowwise() on smaller modules"
 
-    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Plan, list[Any]]:
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Execution, list[Any]]:
         inputs, key, graph = self._captured(args, kwargs)
         grad = torch.is_grad_enabled()
         leaves = requires_grad_leaves(graph.graph, self.module, inputs) if grad else frozenset()
@@ -150,8 +150,8 @@ class RowwiseForward:
                 found = self.given.of(graph, leaves, training, Machine.of(device))
             else:
                 found = choose_plan(graph, leaves, training, self.config, device)
-            chosen = _remember(self._plans, plan_key, found)
-            self._warn_of(chosen)
+            chosen = _remember(self._plans, plan_key, Execution(found))
+            self._warn_of(found)
         self._plans.move_to_end(plan_key)
         return chosen, inputs
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from lrcnn_lightning.engine.execute import execute, requires_grad_leaves
+from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
 from lrcnn_lightning.engine.rows import run_node
 from lrcnn_lightning.graph import Graph, Ref, ValueKind, capture, map_refs
 from lrcnn_lightning.plan.keeping import Keeping
@@ -165,7 +165,7 @@ def assert_exact(
     for choice in choices:
         fresh = twin(module)
         plan = build_plan(graph, leaves, differentiate, choice)
-        got = observe(lambda *x, p=plan, m=fresh: execute(p, m, list(x)), fresh, given, seed, differentiate)
+        got = observe(lambda *x, p=plan, m=fresh: Execution(p)(m, list(x)), fresh, given, seed, differentiate)
         wrong = differences(got, want)
         assert not wrong, f"{choice}:\n  " + "\n  ".join(wrong)
     return graph

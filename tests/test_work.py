@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrcnn_lightning
-from lrcnn_lightning.engine.execute import execute, requires_grad_leaves
+from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
 from lrcnn_lightning.plan.plan import Choices, build_plan
 from tests.oracle import row_graph
 
@@ -92,7 +92,7 @@ def test_kept_inputs_of_batch_norm_are_not_computed_again() -> None:
     plan = build_plan(
         graph, requires_grad_leaves(graph.graph, net, [images]), True, Choices("two_phase", rows=4, keeping="narrow")
     )
-    counted = _count(lambda x: execute(plan, net, [x]), images)
+    counted = _count(lambda x: Execution(plan)(net, [x]), images)
     assert counted.calls["forward"] == 3 * 4
     assert counted.calls["backward"] == 3 * 4
 

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from lrcnn_lightning.engine.rows import run_node
 from lrcnn_lightning.engine.segment import SegmentCall, run_segment
+from lrcnn_lightning.engine.slabs import Prepared
 from lrcnn_lightning.graph import Graph, ValueKind, map_refs
 from lrcnn_lightning.plan.plan import Plan
 
-__all__ = ["execute", "live_tensor", "requires_grad_leaves"]
+__all__ = ["Execution", "live_tensor", "requires_grad_leaves"]
 
 
 def live_tensor(module: nn.Module, name: str) -> Tensor:
@@ -38,27 +39,34 @@ def _given(graph: Graph, module: nn.Module, inputs: Sequence[Any]) -> dict[int, 
     return store
 
 
-def execute(plan: Plan, module: nn.Module, inputs: Sequence[Any]) -> Any:
-    """Run the plan on the flat inputs of a call; returns what the module would return."""
-    graph = plan.graph
-    store = _given(graph.graph, module, inputs)
-    for position in plan.prologue:
-        node = graph.nodes[position]
-        store.update(zip(node.outputs, run_node(node, store), strict=True))
-    for number, segment in enumerate(plan.segments):
-        if segment.plain:
-            for position in segment.nodes:
-                node = graph.nodes[position]
-                store.update(zip(node.outputs, run_node(node, store), strict=True))
-        else:
-            call = SegmentCall(graph, segment)
-            outputs = run_segment(call, [store[index] for index in segment.inputs])
-            store.update(zip(segment.outputs, outputs, strict=True))
-        for index in segment.inputs:
-            if plan.last_reader.get(index) == number:
-                store.pop(index, None)
-    leaves = map_refs(list(graph.graph.outputs), lambda ref: store[ref.index])
-    return graph.graph.structure.put_together(leaves)
+class Execution:
+    """A plan made ready to be run, step after step."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._prepared = Prepared(plan.graph)
+
+    def __call__(self, module: nn.Module, inputs: Sequence[Any]) -> Any:
+        """Run the plan on the flat inputs of a call; returns what the module would return."""
+        plan, graph = self.plan, self.plan.graph
+        store = _given(graph.graph, module, inputs)
+        for position in plan.prologue:
+            node = graph.nodes[position]
+            store.update(zip(node.outputs, run_node(node, store), strict=True))
+        for number, segment in enumerate(plan.segments):
+            if segment.plain:
+                for position in segment.nodes:
+                    node = graph.nodes[position]
+                    store.update(zip(node.outputs, run_node(node, store), strict=True))
+            else:
+                call = SegmentCall(graph, segment, self._prepared)
+                outputs = run_segment(call, [store[index] for index in segment.inputs])
+                store.update(zip(segment.outputs, outputs, strict=True))
+            for index in segment.inputs:
+                if plan.last_reader.get(index) == number:
+                    store.pop(index, None)
+        leaves = map_refs(list(graph.graph.outputs), lambda ref: store[ref.index])
+        return graph.graph.structure.put_together(leaves)
 
 
 def requires_grad_leaves(graph: Graph, module: nn.Module, inputs: Sequence[Any]) -> frozenset[int]:

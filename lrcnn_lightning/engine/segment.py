@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrcnn_lightning.engine.backward import differentiate
 from lrcnn_lightning.engine.maps import Gradients
 from lrcnn_lightning.engine.rows import Carries, RowLoop, run_node
+from lrcnn_lightning.engine.slabs import Prepared
 from lrcnn_lightning.errors import DoubleBackwardError
 from lrcnn_lightning.plan.program import (
     BackwardRows,
@@ -56,10 +58,11 @@ class _Ambient:
 
 @dataclass
 class SegmentCall:
-    """One call of a segment: the graph, the program, and the whole nodes' random states."""
+    """One call of a segment: the graph, the program, its slab calls, and the whole nodes' random states."""
 
     graph: RowGraph
     program: SegmentProgram
+    prepared: Prepared
     random: dict[int, Any] = field(default_factory=dict)
 
 
@@ -109,7 +112,7 @@ class _Segment(torch.autograd.Function):
 
 def _run_forward(call: SegmentCall, store: dict[int, Any], training: bool) -> dict[str, Carries]:
     graph = call.graph
-    rows = RowLoop(graph, store)
+    rows = RowLoop(call.prepared, store)
     carries: dict[str, Carries] = {}
     for step in call.program.forward:
         if isinstance(step, RunRows):
@@ -143,12 +146,13 @@ def _run_backward(ctx: Any, output_gradients: tuple[Tensor | None, ...]) -> tupl
         if given is not None:
             gradients.add(index, given)
     del output_gradients
-    rows = RowLoop(graph, store)
+    rows = RowLoop(call.prepared, store)
     with ctx.ambient.restored():
         for step in program.backward:
             if isinstance(step, BackwardRows):
                 with torch.autograd.profiler.record_function(f"lrcnn {step.run.loop.name}"):
-                    rows.backward(step.run, carries.get(step.carries or "", {}), gradients, step.drops)
+                    kept_carries = carries.get(step.carries or "", {})
+                    differentiate(call.prepared, store, step.run, kept_carries, gradients, step.drops)
             elif isinstance(step, RunRows):
                 rows.forward(step.loop)
             elif isinstance(step, Sweep):

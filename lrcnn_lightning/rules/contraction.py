@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,7 @@ class Einsum(RowRule):
     axes: tuple[Axes, ...]
     family = "contraction"
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor:
+    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
         operands = []
         for operand, (row, batch) in zip(args[1], self.lines, strict=True):
             if row is not None and operand.shape[row] != tile.rows.length:

@@ -14,6 +14,7 @@ finds its own extreme, in the slab at hand, and the rows share the gradient by n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,7 +150,7 @@ class LineMaximum(RowRule):
     axes: tuple[Axes, ...]
     family = "reduction"
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> tuple[Tensor, Tensor]:
+    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> tuple[Tensor, Tensor]:
         return _line_maximum(args[0], self.row, tile.rows.lo, self.height)
 
 

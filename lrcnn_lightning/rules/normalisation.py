@@ -13,6 +13,7 @@ With frozen statistics (``eval`` mode) ``batch_norm`` is pointwise as it stands.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,7 +140,7 @@ class Normalise(RowRule):
     axes: tuple[Axes, ...]
     family = "normalisation"
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor:
+    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
         x, mean, variance, *rest = args
         if mean.dim() == 2 and mean.shape[0] != x.shape[0]:
             mean, variance = (cut_whole(t, 2, 0, self.samples, tile.batch) for t in (mean, variance))
@@ -159,7 +160,7 @@ def normalise_rule(scope: Scope) -> RowRule | None:
 class FrozenNorm(AlongRows):
     """``batch_norm`` with frozen statistics."""
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor:
+    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
         x: Tensor = args[0]
         if _strides_mislead(x):
             x = x.contiguous()

@@ -7,6 +7,7 @@ position embedding, a dropout mask), the rows of the tile are cut from it.  The 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,14 +44,20 @@ class Pointwise(RowRule):
     whole: tuple[int, ...]
     axes: tuple[Axes, ...]
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Any:
+    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Any:
         if self.whole:
             operands = list(args)
             for position in self.whole:
                 operand = cut_whole(operands[position], self.rank, self.axes[0].row, self.height, tile.rows)
                 operands[position] = cut_whole(operand, self.rank, self.axes[0].batch, self.samples, tile.batch)
-            args = tuple(operands)
+            args = operands
         return self.operation(*args, **kwargs)
+
+    def prepare(self, tile: Tile) -> Callable[[Sequence[Any], dict[str, Any]], Any]:
+        if self.whole:
+            return super().prepare(tile)
+        operation = self.operation
+        return lambda args, kwargs: operation(*args, **kwargs)
 
 
 @register("pointwise", "pointwise")
@@ -97,7 +104,7 @@ class AlongRows(RowRule):
     operation: Any
     axes: tuple[Axes, ...]
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Any:
+    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Any:
         return self.operation(*args, **kwargs)
 
 
@@ -163,7 +170,7 @@ def along_a_dimension(scope: Scope) -> RowRule | None:
 class Linear(AlongRows):
     """``linear``: a matrix product along the last dimension."""
 
-    def hollow(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor | None:
+    def hollow(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor | None:
         bias = args[2] if len(args) > 2 else kwargs.get("bias")
         return hollow_linear(args[0], args[1], bias)
 

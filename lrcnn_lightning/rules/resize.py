@@ -13,6 +13,7 @@ then keeps its size (resizing is separable, and resizing an axis to its own size
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -87,7 +88,7 @@ class Resize(RowRule):
     def _nearest_forward(self, dtype: torch.dtype) -> tuple[int, ...]:
         return _nearest_rows(self.mode, len(self.others), self.height, self.out_height, self.scale, dtype)
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor:
+    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
         slab: Tensor = args[0]
         if not self.same_width:
             slab = self._resize_others(slab)
@@ -271,7 +272,7 @@ class AdaptivePool(RowRule):
     def needed(self, output: Interval) -> Interval:
         return Interval(self._source(output.lo).lo, self._source(output.hi - 1).hi)
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Any:
+    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Any:
         slab, start = args[0], self.needed(tile.rows).lo
         sizes = list(self.sizes)
         sizes[self.position] = 1

@@ -21,6 +21,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -153,10 +154,14 @@ class RowRule(ABC):
         return output
 
     @abstractmethod
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Any:
+    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Any:
         """Compute the slab of ``tile``; row inputs come as slabs of exactly ``needed(tile.rows)``."""
 
-    def hollow(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Any | None:
+    def prepare(self, tile: Tile) -> Callable[[Sequence[Any], dict[str, Any]], Any]:
+        """`run` for one tile, called at every step: what depends on the tile alone may be found out here, once."""
+        return partial(self.run, tile=tile)
+
+    def hollow(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Any | None:
         """A stand-in for the output whose values are never read, but whose gradient is that of the operation.
 
         ``None`` where the backward formula needs the forward result, or where nothing is saved by leaving it out.

@@ -6,6 +6,7 @@ then gives the rows of the tile.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ class Scatter(RowRule):
     axes: tuple[Axes, ...]
     family = "shape"
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor:
+    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
         slabs = [
             _part(_part(operand, row, tile.rows), batch, tile.batch)
             for operand, (row, batch) in zip(args[:2], self.operands, strict=True)

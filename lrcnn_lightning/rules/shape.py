@@ -97,7 +97,7 @@ class Sized(RowRule):
     axes: tuple[Axes, ...]
     family = "shape"
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor:
+    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
         sizes = list(self.sizes)
         row, batch = self.axes[0]
         if row is not None:
@@ -187,7 +187,7 @@ class Concatenate(RowRule):
     member_axes: Axes
     family = "shape"
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor:
+    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
         row, batch = self.member_axes
         members = []
         for member in args[0]:
@@ -261,7 +261,7 @@ class Crop(RowRule):
     def needed(self, output: Interval) -> Interval:
         return Interval(output.lo * self.step + self.start, (output.hi - 1) * self.step + self.start + 1)
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor:
+    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
         if self.step == 1:
             slab: Tensor = args[0]
             return slab
@@ -305,7 +305,7 @@ class _Identity(RowRule):
 
     axes: tuple[Axes, ...]
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor:
+    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
         slab: Tensor = args[0]
         return slab
 
@@ -387,7 +387,7 @@ class PixelShuffle(RowRule):
             return Interval(output.lo * self.factor, output.hi * self.factor)
         return Interval(output.lo // self.factor, -(-output.hi // self.factor))
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor:
+    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
         result: Tensor = self.operation(args[0], self.factor)
         if self.unshuffle:
             return result
@@ -431,7 +431,7 @@ class PadRows(RowRule):
         rows = [self._source(row) for row in range(output.lo, output.hi)]
         return Interval(min(rows), max(rows) + 1)
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor:
+    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
         slab: Tensor = args[0]
         if any(self.others):
             if self.mode == "constant":

@@ -10,6 +10,7 @@ neighbours' shares of the rows at its ends are there, because every input that r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ class TransposedConvolution(RowRule):
         lo = min(max(min(lo, (output.lo + padding) // stride), 0), self.height - 1)
         return Interval(lo, min(max(hi, lo + 1), self.height))
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor:
+    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
         slab, weight = args[0], args[1]
         bias = args[2] if len(args) > 2 else kwargs.get("bias")
         given = self.needed(tile.rows)

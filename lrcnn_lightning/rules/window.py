@@ -14,7 +14,7 @@ padding along the row axis and with its own padding along the other axes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,33 +109,53 @@ class Convolution(RowRule):
     def needed(self, output: Interval) -> Interval:
         return self.geometry.needed(output)
 
-    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> tuple[Any, ...]:
-        slab, weight = args[0], args[1]
-        bias = args[2] if len(args) > 2 else kwargs.get("bias")
+    def _placed(self, tile: Tile) -> tuple[list[tuple[int, int, int]], int, tuple[Any, ...]]:
+        """For a tile: explicit padding (axis, before, after), rows of the result to skip, arguments after the bias."""
+        explicit = []
         padding = [before for before, _ in self.padding]
         for i, (before, after) in enumerate(self.padding):
             if i != self.position and before != after:
-                slab = pad_rows(slab, self.axis - self.position + i, before, after)
+                explicit.append((self.axis - self.position + i, before, after))
                 padding[i] = 0
         symmetric = self.geometry.symmetric(tile.rows)
         if symmetric is None:
-            slab = pad_rows(slab, self.axis, *self.geometry.missing(tile.rows))
+            explicit.append((self.axis, *self.geometry.missing(tile.rows)))
             symmetric = (0, 0)
         padding[self.position], skipped = symmetric
-        return skipped, (slab, weight, bias, list(self.stride), padding, list(self.dilation), self.groups)
+        return explicit, skipped, (list(self.stride), padding, list(self.dilation), self.groups)
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor:
-        operation = (aten.conv1d, aten.conv2d, aten.conv3d)[len(self.stride) - 1].default
-        skipped, call = self._prepare(args, kwargs, tile)
-        return _wanted(operation(*call), self.axis, skipped, tile)
+    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
+        result: Tensor = self.prepare(tile)(args, kwargs)
+        return result
 
-    def hollow(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor | None:
+    def prepare(self, tile: Tile) -> Callable[[Sequence[Any], dict[str, Any]], Any]:
+        operation = (torch.conv1d, torch.conv2d, torch.conv3d)[len(self.stride) - 1]
+        explicit, skipped, rest = self._placed(tile)
+        axis, length = self.axis, tile.rows.length
+
+        def call(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+            slab, weight, bias = _operands(args, kwargs)
+            for padded in explicit:
+                slab = pad_rows(slab, *padded)
+            result = operation(slab, weight, bias, *rest)
+            return result if result.shape[axis] == length else result.narrow(axis, skipped, length)
+
+        return call
+
+    def hollow(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor | None:
         if args[0].dim() != len(self.stride) + 2:
             return None
-        skipped, call = self._prepare(args, kwargs, tile)
-        slab, weight, bias, stride, padding, dilation, groups = call
+        explicit, skipped, (stride, padding, dilation, groups) = self._placed(tile)
+        slab, weight, bias = _operands(args, kwargs)
+        for padded in explicit:
+            slab = pad_rows(slab, *padded)
         result = hollow_convolution(slab, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
         return _wanted(result, self.axis, skipped, tile)
+
+
+def _operands(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Input, weight and bias of a convolution."""
+    return args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias")
 
 
 def _wanted(result: Tensor, axis: int, skipped: int, tile: Tile) -> Tensor:
@@ -197,25 +217,32 @@ class MaxPool(RowRule):
     def needed(self, output: Interval) -> Interval:
         return self.geometry.needed(output)
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Any:
-        slab = args[0]
+    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Any:
+        return self.prepare(tile)(args, kwargs)
+
+    def prepare(self, tile: Tile) -> Callable[[Sequence[Any], dict[str, Any]], Any]:
         dimensions = len(self.kernel)
-        pools = (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
+        pool = (torch.max_pool1d, torch.max_pool2d, torch.max_pool3d)[dimensions - 1]
         symmetric = self.geometry.symmetric(tile.rows)
+        rest = (list(self.kernel), list(self.stride))
         if not self.indices and symmetric is not None and symmetric[0] <= self.geometry.kernel // 2:
             padding = _without(self.padding, self.position, symmetric[0])
-            call = (list(self.kernel), list(self.stride), padding, list(self.dilation), self.ceil_mode)
-            return _wanted(pools[dimensions - 1](slab, *call), self.axis, symmetric[1], tile)
+            last = (padding, list(self.dilation), self.ceil_mode)
+            return lambda args, kwargs: _wanted(pool(args[0], *rest, *last), self.axis, symmetric[1], tile)
         above, below = self.geometry.missing(tile.rows)
-        lowest = float("-inf") if slab.is_floating_point() else torch.iinfo(slab.dtype).min
-        slab = pad_rows(slab, self.axis, above, below, lowest)
-        padding = _without(self.padding, self.position, 0)
-        call = (list(self.kernel), list(self.stride), padding, list(self.dilation), self.ceil_mode)
-        if not self.indices:
-            return pools[dimensions - 1](slab, *call)
-        pool = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[dimensions - 1]
-        values, local = pool(slab, *call, return_indices=True)
-        return values, self._global_indices(local, slab, self.geometry.reach(tile.rows).lo)
+        last = (_without(self.padding, self.position, 0), list(self.dilation), self.ceil_mode)
+
+        def padded(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+            slab = args[0]
+            lowest = float("-inf") if slab.is_floating_point() else torch.iinfo(slab.dtype).min
+            slab = pad_rows(slab, self.axis, above, below, lowest)
+            if not self.indices:
+                return pool(slab, *rest, *last)
+            with_indices = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[dimensions - 1]
+            values, local = with_indices(slab, *rest, *last, return_indices=True)
+            return values, self._global_indices(local, slab, self.geometry.reach(tile.rows).lo)
+
+        return padded
 
     def _global_indices(self, local: Tensor, slab: Tensor, start: int) -> Tensor:
         """Flat positions within the padded slab -> flat positions within the map."""
@@ -301,7 +328,7 @@ class AveragePool(RowRule):
     def needed(self, output: Interval) -> Interval:
         return self.geometry.needed(output)
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor:
+    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
         above, below = self.geometry.missing(tile.rows)
         padding = _without(self.padding, self.position, 0)
         if above == 0 and below == 0:

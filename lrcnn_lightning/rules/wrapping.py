@@ -138,7 +138,7 @@ class WrapRows(RowRule):
         lo = min(max(output.lo - self.above, 0), self.height - 1)
         return Interval(lo, min(max(output.hi - self.above, lo + 1), self.height))
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile) -> Tensor:
+    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
         slab, border = args[:2]
         border = cut_whole(border, border.dim(), self.axes[0].batch, self.samples, tile.batch)
         given = self.needed(tile.rows)

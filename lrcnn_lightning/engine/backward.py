@@ -1,0 +1,222 @@
+"""The row loop, backward: compute each row again, differentiate it, drop it.
+
+Rows from the bottom. Row r is computed again from the kept carry, differentiated, and the gradient of its carry is
+handed up to row r-1, where it is added to the gradient of that tail:
+
+    row r+1                                  [tail | new ...
+                                              |  gradient of the carry
+    row r               [tail | new ........ tail ]
+                         |  gradient of the carry
+    row r-1   [ ........ tail ]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrcnn_lightning.engine.maps import Gradients
+from lrcnn_lightning.engine.rows import Carries
+from lrcnn_lightning.engine.slabs import Cuts, Prepared, SlabCall, Target, cuts_of, taken
+from lrcnn_lightning.plan.halos import Row
+from lrcnn_lightning.plan.loop import BackwardPass
+from lrcnn_lightning.rules import Axes, Interval, Reduction, Tile
+
+__all__ = ["differentiate"]
+
+NOTHING = Interval(0, 0)
+
+
+def differentiate(
+    prepared: Prepared,
+    store: dict[int, Any],
+    run: BackwardPass,
+    carries: Carries,
+    gradients: Gradients,
+    drops: bool = False,
+) -> None:
+    """Differentiate a pass and add to the gradients of its maps and wholes; drop the carries that are used up."""
+    for chunk, batch in reversed(list(enumerate(run.loop.chunks))):
+        from_below: dict[int, Tensor] = {}
+        for r in reversed(range(len(run.loop.rows))):
+            row = _BackwardRow(prepared, store, run, run.loop.rows[r], batch, gradients)
+            calls = prepared.backward(run, chunk, r)
+            from_below = row.differentiate(calls, carries.get((chunk, r - 1), {}), from_below)
+            if drops:
+                carries.pop((chunk, r - 1), None)
+
+
+def _is_differentiable(tensor: Tensor) -> bool:
+    """Whether a tensor can have a gradient."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _hand_up(handed_up: dict[int, Tensor], value: int, gradient: Tensor) -> None:
+    # The gradient is a view of that of the whole slab, which must not live on.
+    handed_up[value] = gradient.clone()
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, where a gradient leaves autograd for the place where it is summed.
+
+    Collected by ``autograd.grad`` instead, the weight gradients of all layers of a row would exist at once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, origin: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
+        ctx.receive = receive
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        ctx.receive(gradient)
+        return None, None, None
+
+
+class _Lazy(dict[int, Tensor]):
+    """Tensors made when first read.
+
+    Autograd runs what was made last first. A tap that is made just before the operation that reads it is run just
+    after that operation's backward, so the gradient does not wait for the end of the row.
+    """
+
+    def __init__(self, make: Callable[[int], Tensor]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, value: int) -> Tensor:
+        self[value] = self._make(value)
+        return self[value]
+
+
+class _BackwardRow:
+    """One row of a backward pass: recomputed, differentiated, dropped."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        store: dict[int, Any],
+        run: BackwardPass,
+        row: Row,
+        batch: Interval,
+        gradients: Gradients,
+    ) -> None:
+        self.graph, self.store, self.run, self.row, self.batch = prepared.graph, store, run, row, batch
+        self.gradients = gradients
+        self.origin = torch.zeros((), requires_grad=True)
+        self.injections: dict[int, list[int]] = {}
+        for position in run.injections:
+            self.injections.setdefault(self.graph.nodes[position].inputs[0], []).append(position)
+        self.roots: list[Any] = []
+        self.seeds: list[Tensor] = []
+
+    def differentiate(
+        self, calls: tuple[SlabCall, ...], carried: dict[int, Tensor], from_below: dict[int, Tensor]
+    ) -> dict[int, Tensor]:
+        """Add to the gradients; returns those of this row's carries, for the row above."""
+        graph, run = self.graph, self.run
+        handed_up: dict[int, Tensor] = {}
+
+        def tap_carry(value: int) -> Tensor:
+            carry = carried[value]
+            if graph.producer[value] in run.differentiated and _is_differentiable(carry):
+                return self._tap(carry, partial(_hand_up, handed_up, value))
+            return carry
+
+        self._recompute(calls, _Lazy(tap_carry), from_below)
+        self._inject_into_sources()
+        if self.roots:
+            torch.autograd.grad(self.roots, [self.origin], self.seeds, allow_unused=True)
+        return handed_up
+
+    def _tap(self, tensor: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
+        """The tensor, such that its gradient is given to ``receive`` the moment autograd has it, and then dropped."""
+        with torch.enable_grad():
+            result: Tensor = _Tap.apply(tensor.detach(), self.origin, receive)  # type: ignore[no-untyped-call]
+        return result
+
+    def _tap_input(self, value: int) -> Tensor:
+        """A whole value, or the slab of a source map, that this pass collects the gradient of."""
+        if not self.graph.is_map(value):
+            return self._tap(self.store[value], partial(self.gradients.add, value))
+        tile = Tile(self.row.reads[value], self.batch)
+        return self._tap(self._stored(value, tile), partial(self.gradients.add_tile, value, tile=tile))
+
+    def _stored(self, value: int, tile: Tile) -> Tensor:
+        """The part of a full map that lies in ``tile``."""
+        return taken(self.store[value], self._cuts(value, tile))
+
+    def _recompute(
+        self, calls: tuple[SlabCall, ...], carried: dict[int, Tensor], from_below: dict[int, Tensor]
+    ) -> None:
+        """Compute the row again and note where gradients enter it. Slabs live on only where autograd saved them."""
+        run, store = self.run, self.store
+        slabs: dict[int, Tensor] = {}
+        taps = _Lazy(self._tap_input)
+        with torch.enable_grad():
+            for call in calls:
+                if call.position in run.differentiated:
+                    results = call(slabs, store, taps, carried)
+                    for target in call.targets:
+                        self._seed_target(target, target.owned(results, slabs))
+                    for value, cuts in call.carried:
+                        if value in from_below and slabs[value].requires_grad:
+                            self._seed(taken(slabs[value], cuts), from_below[value])
+                else:
+                    with torch.no_grad():
+                        results = call(slabs, store, taps, carried)
+                del results  # with it goes what was computed, unless it is a slab or saved
+                for value in call.drops:
+                    slabs.pop(value, None)
+
+    def _seed(self, tensor: Tensor, gradient: Tensor) -> None:
+        # The place in autograd's graph is all that is needed: the tensor itself may go.
+        edge = tensor if tensor.grad_fn is None else torch.autograd.graph.get_gradient_edge(tensor)
+        self.roots.append(edge)
+        self.seeds.append(gradient.to(tensor.dtype))
+
+    def _seed_target(self, target: Target, owned: Tensor) -> None:
+        """The gradient of a target's rows: from its map, and from the reductions that read it."""
+        if not owned.requires_grad:
+            return
+        value, tile = target.value, target.tile
+        full = self.gradients.get(value) if value in self.run.outputs else None
+        if full is not None:
+            self._seed(owned, taken(full, self._cuts(value, tile)))
+        if value in self.injections:
+            values = self._stored(value, tile) if value in self.store else owned.detach()
+            for gradient in self._injected(value, values, tile):
+                self._seed(owned, gradient)
+
+    def _cuts(self, value: int, tile: Tile) -> Cuts:
+        return cuts_of(self.graph.values[value].shape, self.graph.axes[value], tile)
+
+    def _inject_into_sources(self) -> None:
+        """A reduction that reads a map straight from the border adds to the gradient of that map."""
+        for value in self.injections:
+            interval = self.row.owned[value]
+            if value in self.run.maps and not interval.empty:
+                tile = Tile(interval, self.batch)
+                for gradient in self._injected(value, self._stored(value, tile).detach(), tile):
+                    self.gradients.add_tile(value, gradient, tile)
+
+    def _injected(self, value: int, slab: Tensor, tile: Tile) -> Iterator[Tensor]:
+        """What each reduction of a value adds to the gradient of its slab, which lies in ``tile``."""
+        for position in self.injections[value]:
+            node, rule = self.graph.nodes[position], self.graph.rules[position]
+            assert isinstance(rule, Reduction)
+            given = [self.gradients.get(output) for output in node.outputs]
+            if all(gradient is None for gradient in given):
+                continue
+            outputs: list[Tensor] = [self.store[output] for output in node.outputs]
+            if rule.keeps_batch is not None:
+                axes, samples = Axes(None, rule.keeps_batch), Tile(NOTHING, self.batch)
+                cuts = [cuts_of(tuple(output.shape), axes, samples) for output in outputs]
+                given = [None if g is None else taken(g, cut) for g, cut in zip(given, cuts, strict=True)]
+                outputs = [taken(output, cut) for output, cut in zip(outputs, cuts, strict=True)]
+            with torch.no_grad():
+                yield rule.inject(slab, tile.rows, outputs, given)
