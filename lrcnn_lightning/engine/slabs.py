@@ -141,7 +141,7 @@ class SlabCall:
         if not span.computed.empty:
             self._prepare(graph, rule, span.computed, row, batch, made, tapped, hollow)
         joined = [graph.axes[value].row for value in node.outputs] if span.lo < span.new else []
-        self._joins = tuple(joined)
+        self._joins = tuple(row for row in joined if row is not None)
         self.hands = self._handed(graph, row, following)
         self.carried: tuple[tuple[int, Cuts], ...] = ()
         """Of each output: the lines at its end that the row below has taken over."""

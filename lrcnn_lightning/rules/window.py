@@ -222,24 +222,23 @@ class MaxPool(RowRule):
 
     def prepare(self, tile: Tile) -> Callable[[Sequence[Any], dict[str, Any]], Any]:
         dimensions = len(self.kernel)
-        pool = (torch.max_pool1d, torch.max_pool2d, torch.max_pool3d)[dimensions - 1]
+        pool: Any = (torch.max_pool1d, torch.max_pool2d, torch.max_pool3d)[dimensions - 1]
         symmetric = self.geometry.symmetric(tile.rows)
-        rest = (list(self.kernel), list(self.stride))
         if not self.indices and symmetric is not None and symmetric[0] <= self.geometry.kernel // 2:
             padding = _without(self.padding, self.position, symmetric[0])
-            last = (padding, list(self.dilation), self.ceil_mode)
-            return lambda args, kwargs: _wanted(pool(args[0], *rest, *last), self.axis, symmetric[1], tile)
+            first = (self.kernel, self.stride, padding, self.dilation, self.ceil_mode)
+            return lambda args, kwargs: _wanted(pool(args[0], *first), self.axis, symmetric[1], tile)
         above, below = self.geometry.missing(tile.rows)
-        last = (_without(self.padding, self.position, 0), list(self.dilation), self.ceil_mode)
+        call = (self.kernel, self.stride, _without(self.padding, self.position, 0), self.dilation, self.ceil_mode)
 
         def padded(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             slab = args[0]
             lowest = float("-inf") if slab.is_floating_point() else torch.iinfo(slab.dtype).min
             slab = pad_rows(slab, self.axis, above, below, lowest)
             if not self.indices:
-                return pool(slab, *rest, *last)
-            with_indices = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[dimensions - 1]
-            values, local = with_indices(slab, *rest, *last, return_indices=True)
+                return pool(slab, *call)
+            with_indices: Any = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[dimensions - 1]
+            values, local = with_indices(slab, *call, return_indices=True)
             return values, self._global_indices(local, slab, self.geometry.reach(tile.rows).lo)
 
         return padded
