@@ -22,6 +22,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
     return {
         "mode": plan.mode,
         "rows": choices.rows,
+        "rows_where_needed": choices.rows_where_needed,
         "batch_chunks": choices.batch_chunks,
         "segments": [
             {
@@ -93,4 +94,5 @@ def choices_of(data: Mapping[str, Any], graph: RowGraph) -> Choices:
         keeping,
         ordered,
         tuple(sorted(exceptions)),
+        rows_where_needed=bool(data.get("rows_where_needed", False)),
     )

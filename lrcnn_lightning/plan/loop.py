@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from lrcnn_lightning.plan.halos import Row, row_intervals
+from lrcnn_lightning.plan.memo import Memo
 from lrcnn_lightning.rules import Interval, Role, RowGraph
 
 __all__ = ["BackwardPass", "Loop", "balanced_cuts", "closure", "even_cuts", "make_loop"]
@@ -147,6 +148,7 @@ def make_loop(
     carried: Collection[int],
     chunks: Sequence[Interval],
     balanced: bool = False,
+    memo: Memo | None = None,
 ) -> Loop:
     """Put a loop together; ``rows`` is a number of rows, even or ``balanced``, or the cuts of the tallest target."""
     reduced = [graph.nodes[position].inputs[0] for position in reductions]
@@ -155,10 +157,18 @@ def make_loop(
     lowest = min(graph.height(target) for target in targets)
     cuts = even_cuts(height, min(rows, lowest)) if isinstance(rows, int) else tuple(rows)
     mine = frozenset(carried) & frozenset(nodes)
-    table = row_intervals(graph, nodes, targets, cuts, mine)
-    if balanced and isinstance(rows, int) and len(cuts) > 1:
-        cuts = balanced_cuts(graph, cuts, table)
+    balanced = balanced and isinstance(rows, int) and len(cuts) > 1
+    key = (tuple(nodes), targets, cuts, mine, balanced)
+    known = None if memo is None else memo.rows.get(key)
+    if known is None:
         table = row_intervals(graph, nodes, targets, cuts, mine)
+        if balanced:
+            cuts = balanced_cuts(graph, cuts, table)
+            table = row_intervals(graph, nodes, targets, cuts, mine)
+        if memo is not None:
+            memo.rows[key] = cuts, table
+    else:
+        cuts, table = known
     read = set(sources) | {index for row in table for index in row.reads}
     return Loop(
         name,

@@ -57,6 +57,14 @@ class Memory:
         for key in [k for k in family if k[1 : 1 + len(entries)] == entries]:
             self.live -= family.pop(key)
 
+    def matching(self, name: str, entries: tuple[Any, ...]) -> dict[tuple[Any, ...], int]:
+        """The keys of a family that go on with ``entries``, and their bytes."""
+        return {k: size for k, size in self._families.get(name, {}).items() if k[1 : 1 + len(entries)] == entries}
+
+    def entries(self) -> list[tuple[tuple[Any, ...], int]]:
+        """Everything that is live, and its bytes."""
+        return [entry for family in self._families.values() for entry in family.items()]
+
     def touch(self, size: float) -> None:
         """A tensor that lives for an instant."""
         self._recent = max(self._recent, self.live + int(size))

@@ -14,9 +14,11 @@ from lrcnn_lightning.plan.cost import Cost, program_cost
 from lrcnn_lightning.plan.keeping import Keeping, choose_residencies
 from lrcnn_lightning.plan.loop import Loop
 from lrcnn_lightning.plan.machine import CPU, Machine
+from lrcnn_lightning.plan.memo import Memo
 from lrcnn_lightning.plan.plain import plain_cost
 from lrcnn_lightning.plan.program import RunRows, SegmentProgram
 from lrcnn_lightning.plan.residency import Residencies, Residency
+from lrcnn_lightning.plan.room import with_room
 from lrcnn_lightning.plan.segments import differentiable_values, segment_borders, stretches
 from lrcnn_lightning.rules import Interval, Role, RowGraph, RowRule
 
@@ -51,7 +53,8 @@ class Choices:
     ``overlap``), ``keeping`` what is kept of the inputs of normalisations (`keeping.choose_residencies`). ``parts``,
     where there are any, say for each segment where it begins and what holds in it; the numbers before are then only
     those of the plan at large. ``exceptions`` are maps (values of the graph) that have another residency than
-    ``keeping`` gives them.
+    ``keeping`` gives them. With ``rows_where_needed`` loops that stay below the peak of the plan are divided into fewer
+    rows, as few as the peak allows.
     """
 
     mode: str = "two_phase"
@@ -62,6 +65,7 @@ class Choices:
     parts: tuple[Part, ...] = ()
     exceptions: tuple[tuple[int, Residency], ...] = ()
     heights: Heights = "even"
+    rows_where_needed: bool = False
 
     def part(self, first: int) -> Part:
         """What holds for the segment that begins with the node ``first``."""
@@ -87,6 +91,8 @@ class Plan:
     machine: Machine = field(default=CPU, repr=False)
     notes: tuple[Note, ...] = ()
     """In what it departs from the options that it was made for."""
+    memo: Memo | None = field(default=None, repr=False)
+    """What it has in common with others, while plans are searched for; its cost has no timeline then."""
 
     @property
     def mode(self) -> str:
@@ -108,7 +114,8 @@ class Plan:
         """Predicted cost of one step."""
         if self.mode == "plain":
             return self.plain_cost
-        return program_cost(self.graph, self.segments, self.differentiable, self.last_reader, self.machine)
+        parts = (self.graph, self.segments, self.differentiable, self.last_reader, self.machine)
+        return program_cost(*parts, memo=self.memo)
 
     @cached_property
     def plain_cost(self) -> Cost:
@@ -200,12 +207,18 @@ def carried_nodes(graph: RowGraph, mode: str) -> frozenset[int]:
 
 
 def build_plan(
-    graph: RowGraph, leaves: Collection[int], training: bool, choices: Choices, machine: Machine = CPU
+    graph: RowGraph,
+    leaves: Collection[int],
+    training: bool,
+    choices: Choices,
+    machine: Machine = CPU,
+    memo: Memo | None = None,
 ) -> Plan:
     """Segments, residencies and row intervals for some choices.
 
     ``leaves`` are the inputs and parameters that require a gradient; without ``training`` there is no backward pass.
     """
+    remembered, memo = memo is not None, memo or Memo()
     differentiable = differentiable_values(graph, leaves) if training else set()
     training = training and any(
         graph.is_map(o) or graph.roles[p] is not Role.PROLOGUE
@@ -248,25 +261,14 @@ def build_plan(
             differentiable,
             on_demand=part.keeping != "borders",
             balanced=part.heights == "balanced",
+            memo=memo,
         )
+        builders[number] = builder
         segments.append(builder.build(training=kind == "rows"))
-        if part.keeping != "borders" and builder.restores_twice:
-            builders[number] = builder
     prologue = tuple(p for p in range(len(graph.nodes)) if graph.roles[p] is Role.PROLOGUE)
-    plan = Plan(graph, choices, tuple(segments), frozenset(differentiable), training, prologue, machine)
-    return _with_room(plan, builders)
-
-
-def _with_room(plan: Plan, builders: Mapping[int, ProgramBuilder]) -> Plan:
-    """The plan whose segments restore maps before they are due, where that takes no more than the plan's peak."""
-    if not builders:
-        return plan
-    segments = list(plan.segments)
-    for number, builder in builders.items():
-        peaks = plan.cost.backward_peaks[builder.name]
-        segments[number] = builder.build(training=True, room=[plan.peak_bytes - peak for peak in peaks])
-    roomy = replace(plan, segments=tuple(segments))
-    return roomy if roomy.peak_bytes <= plan.peak_bytes and roomy.cost.seconds < plan.cost.seconds else plan
+    plan = Plan(graph, choices, tuple(segments), frozenset(differentiable), training, prologue, machine, memo=memo)
+    plan = with_room(plan, builders)
+    return plan if remembered else replace(plan, memo=None)
 
 
 def plain_plan(graph: RowGraph, leaves: Collection[int], training: bool, machine: Machine = CPU) -> Plan:

@@ -19,6 +19,7 @@ from lrcnn_lightning.config import RowConfig, format_size
 from lrcnn_lightning.errors import ConfigError, PlanError
 from lrcnn_lightning.plan.keeping import KEEPINGS, Keeping
 from lrcnn_lightning.plan.machine import Machine
+from lrcnn_lightning.plan.memo import Memo
 from lrcnn_lightning.plan.notes import notes
 from lrcnn_lightning.plan.plan import Choices, Part, Plan, build_plan, plain_plan
 from lrcnn_lightning.plan.price import exchanges
@@ -102,7 +103,7 @@ def search_plans(
     assert search.best is not None
     if tried is not None:
         tried.update(search.tried)
-    return search.best
+    return replace(search.best, memo=None)
 
 
 class _Search:
@@ -117,7 +118,7 @@ class _Search:
         max_overhead: float,
         machine: Machine,
     ) -> None:
-        self.machine = machine
+        self.machine, self.memo = machine, Memo()
         self.graph, self.leaves, self.training = graph, leaves, training
         self.budget, self.max_overhead = budget, max_overhead
         self.tried: dict[Choices, tuple[int, float]] = {}
@@ -174,7 +175,7 @@ class _Search:
         return math.log(max(wanted, 1e-12)) + price * math.log(max(limited, 1e-12))
 
     def _made(self, choices: Choices) -> Plan:
-        return build_plan(self.graph, self.leaves, self.training, choices, self.machine)
+        return build_plan(self.graph, self.leaves, self.training, choices, self.machine, self.memo)
 
     def _try(self, choices: Choices) -> Plan:
         """Build and price a plan, and remember it if it is the best one so far."""
@@ -278,6 +279,7 @@ def _stages(graph: RowGraph, config: RowConfig, height: int, training: bool) -> 
         "batch_chunks": [first_chunks],
         "segments": segments[::2] if len(segments) > 2 else segments,
         "keeping": keepings,
+        "rows_where_needed": [config.rows == "auto"],
     }
     yield {"rows": [1, *rows] if config.rows == "auto" else rows, "batch_chunks": chunks}
     yield {"segments": segments}

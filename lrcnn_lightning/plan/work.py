@@ -22,15 +22,13 @@ _SMALL = 4096
 
 
 class _Price(NamedTuple):
-    """Of an operation on full maps: seconds of its arithmetic, of moving its maps and its weights; bytes of the result
-    and of all its maps.
+    """Of an operation on full maps: seconds of its arithmetic and of moving its maps, of moving its weights; bytes of
+    the result.
     """
 
-    arithmetic: float
-    traffic: float
+    maps: float
     weights: float
     made: float
-    maps: float
 
 
 class Work:
@@ -43,14 +41,14 @@ class Work:
     def forward(self, position: int, share: float = 1.0) -> float:
         """Of a call on a share of its map."""
         price = self._price(position)
-        return self._scaled(price, share) + price.weights + self.seconds_a_call + self.fresh(share * price.made)
+        return share * price.maps + price.weights + self.seconds_a_call + self.fresh(share * price.made)
 
     def backward(self, position: int, share: float = 1.0, wanted: int = 1, weights: int = 0) -> float:
         """Of the backward pass of a call: a convolution runs once for each gradient that is ``wanted``, and each of
         ``weights`` among them is written and added to a sum.
         """
         price = self._price(position)
-        seconds = max(wanted, 1) * self._scaled(price, share) + (1 + 2 * weights) * price.weights + self.seconds_a_call
+        seconds = max(wanted, 1) * share * price.maps + (1 + 2 * weights) * price.weights + self.seconds_a_call
         return seconds + wanted * self.fresh(share * price.made)
 
     def fresh(self, size: float) -> float:
@@ -60,11 +58,6 @@ class Work:
     def traffic(self, size: float, times: float = 1.0) -> float:
         """Of reading or writing ``size`` bytes so many ``times``."""
         return size * times / self.machine.bytes_a_second
-
-    def _scaled(self, price: _Price, share: float) -> float:
-        """Of what shrinks with the share; of maps that stay in the cache the more."""
-        fits = share * price.maps <= self.machine.cache_bytes
-        return share * (price.arithmetic + price.traffic / (self.machine.cache_speedup if fits else 1.0))
 
     def _price(self, position: int) -> _Price:
         price = self._prices.get(position)
@@ -76,7 +69,7 @@ class Work:
         machine, graph = self.machine, self.graph
         node, rule = graph.nodes[position], graph.rules[position]
         if node.op in VIEWS:
-            return _Price(0.0, 0.0, 0.0, 0.0, 0.0)
+            return _Price(0.0, 0.0, 0.0)
         made = float(sum(graph.values[o].bytes for o in node.outputs))
         whole = [i for i in node.inputs if not graph.is_map(i)]
         maps = made + sum(graph.values[i].bytes for i in node.inputs if graph.is_map(i))
@@ -88,7 +81,7 @@ class Work:
         else:
             speed = machine.bytes_a_second
         arithmetic = self.operations(position) / machine.operations_a_second
-        return _Price(arithmetic, maps / speed, weights / machine.weight_bytes_a_second, made, maps)
+        return _Price(arithmetic + maps / speed, weights / machine.weight_bytes_a_second, made)
 
     def operations(self, position: int) -> float:
         """Multiplications and additions of a convolution or matrix product on full maps, forward."""

@@ -1,0 +1,34 @@
+"""What the plans of one graph have in common, remembered while many of them are tried.
+
+Plans that differ in one segment, or in what is kept of one map, have most loops in common: their rows are found once,
+and what they cost is simulated once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from lrcnn_lightning.plan.halos import Row
+
+__all__ = ["Memo", "Passage"]
+
+
+class Passage(NamedTuple):
+    """What running a loop once costs: bytes at its peak, seconds, and what it leaves in memory (key, bytes).
+
+    ``name`` is that of the loop, by which its carries are known.
+    """
+
+    peak_bytes: int
+    seconds: float
+    left: tuple[tuple[tuple[Any, ...], int], ...]
+    name: str | None
+
+
+@dataclass
+class Memo:
+    """Rows of loops by their nodes, targets, cuts and carries; passages by their rows and what else matters."""
+
+    rows: dict[Any, tuple[tuple[int, ...], tuple[Row, ...]]] = field(default_factory=dict)
+    passages: dict[Any, Passage] = field(default_factory=dict)

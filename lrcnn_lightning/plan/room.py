@@ -1,0 +1,111 @@
+r"""Using the room below the peak: less work for no memory.
+
+Only at one step of a plan is as much alive as at its peak. At the others there is room left:
+
+    bytes  |              _peak_____________________________________
+           |            __|  |__            room
+           |         __/        \\__   ____
+           |______ _/               \\_/    \\____________
+                forward               backward            time
+
+Two things are done with it. What is computed on the way to a map that is restored stays for when it is due (`restore`),
+and loops are divided into fewer rows: every row costs the calls of its operations and a pass over their weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lrcnn_lightning.plan.builder import ProgramBuilder
+
+if TYPE_CHECKING:
+    from lrcnn_lightning.plan.plan import Plan
+
+__all__ = ["with_room"]
+
+_MARGIN = 1.1
+"""Slabs are taken to be so many times larger than in proportion to the height of their rows: they have halos, too."""
+
+
+def with_room(plan: Plan, builders: Mapping[int, ProgramBuilder]) -> Plan:
+    """The plan made to use the room below its peak; ``builders`` are those of its segments, by their numbers."""
+    rooms: dict[int, list[int]] = {}
+    if plan.training:
+        for number, builder in builders.items():
+            if builder.on_demand and builder.restores_twice:
+                rooms[number] = [plan.peak_bytes - peak for peak in plan.cost.backward_peaks[builder.name]]
+    if rooms:
+        plan = _better(plan, _rebuilt(plan, builders, rooms))
+    if plan.choices.rows_where_needed:
+        fewer = _fewer_rows(plan, builders, rooms)
+        if fewer:
+            _divide(builders, fewer)
+            plan = _better(plan, _rebuilt(plan, builders, rooms))
+    return plan
+
+
+def _rebuilt(plan: Plan, builders: Mapping[int, ProgramBuilder], rooms: Mapping[int, list[int]]) -> Plan:
+    """The plan with its segments built anew."""
+    segments = list(plan.segments)
+    for number, builder in builders.items():
+        segments[number] = builder.build(bool(segments[number].backward), rooms.get(number))
+    return replace(plan, segments=tuple(segments))
+
+
+def _better(plan: Plan, other: Plan) -> Plan:
+    """The other plan, if it has less work and no higher peak."""
+    return other if other.peak_bytes <= plan.peak_bytes and other.cost.seconds < plan.cost.seconds else plan
+
+
+def _divide(builders: Mapping[int, ProgramBuilder], rows: Mapping[str, int]) -> None:
+    for builder in builders.values():
+        builder.divide({name: count for name, count in rows.items() if name.startswith(f"{builder.name}.")})
+
+
+def _fewer_rows(plan: Plan, builders: Mapping[int, ProgramBuilder], rooms: Mapping[int, list[int]]) -> dict[str, int]:
+    """Loops, by name, that are faster with fewer rows and stay below the peak with these.
+
+    Tried are the fewest rows that the peak allows and, where large results cost more, the fewest with slabs that are
+    not large. Each loop takes what is best for it.
+    """
+    seconds, rows = _seconds(plan)
+    best: dict[str, int] = {}
+    for limit in dict.fromkeys((math.inf, plan.machine.large_bytes)):
+        fewest = _fewest_rows(plan, limit)
+        if not fewest:
+            break
+        _divide(builders, fewest)
+        trial, _ = _seconds(_rebuilt(plan, builders, rooms))
+        for name, count in fewest.items():
+            if name in trial and trial[name] < seconds[name]:
+                seconds[name], best[name] = trial[name], count
+    return {name: count for name, count in best.items() if count < rows[name]}
+
+
+def _seconds(plan: Plan) -> tuple[dict[str, float], dict[str, int]]:
+    """How long the loops of each name take, and their rows."""
+    seconds: dict[str, float] = {}
+    rows: dict[str, int] = {}
+    for cost in plan.cost.loops:
+        seconds[cost.loop.name] = seconds.get(cost.loop.name, 0.0) + cost.seconds
+        rows[cost.loop.name] = len(cost.loop.rows)
+    return seconds, rows
+
+
+def _fewest_rows(plan: Plan, limit: float) -> dict[str, int]:
+    """Loops that carry nothing, by name, and the fewest rows with which each stays below the peak of the plan, and its
+    slabs below the limit (bytes).
+
+    Loops with carries are left alone: those of the forward and the backward pass have to have the same rows.
+    """
+    needed: dict[str, int] = {}
+    present: dict[str, int] = {}
+    for loop, fixed, slabs, _ in plan.cost.loops:
+        count = present[loop.name] = len(loop.rows)
+        left = max(min(plan.peak_bytes - fixed, limit), 1)
+        rows = count if loop.carries else math.ceil(count * slabs * _MARGIN / left)
+        needed[loop.name] = max(needed.get(loop.name, 1), rows)
+    return {name: rows for name, rows in needed.items() if rows < present[name]}
