@@ -75,8 +75,6 @@ class ProgramBuilder:
         read = dict.fromkeys(i for position in nodes for i in graph.nodes[position].inputs)
         self.inputs = tuple(index for index in read if index not in inside)
         self.outputs = tuple(index for index in outputs if index in inside)
-        self.fewer: dict[str, int] = {}
-        """Loops, by name, that are divided into fewer rows than the others."""
         self._draft: tuple[Restores, dict[str, set[int]]] | None = None
 
     # ---------------------------------------------------------------- forward
@@ -102,10 +100,6 @@ class ProgramBuilder:
         at_hand = {*self.inputs, *(i for i in self.inside if self._at_hand(i))}
         kept = tuple(sorted(at_hand & needed))
         return self._program(forward, self._with_backward_frees(steps), kept, frozenset(self.differentiable))
-
-    def divide(self, fewer: dict[str, int]) -> None:
-        """Divide some loops, by their names, into fewer rows."""
-        self.fewer, self._draft = fewer, None
 
     @property
     def restores_twice(self) -> bool:
@@ -138,7 +132,7 @@ class ProgramBuilder:
         further: Collection[int] = (),
     ) -> Loop:
         """A loop, divided as all loops of the segment are; ``further`` are targets that are not stored."""
-        divided = (self.fewer.get(name, self.rows), self.carried, self.chunks, self.balanced, self.memo)
+        divided = (self.rows, self.carried, self.chunks, self.balanced, self.memo)
         return make_loop(self.graph, name, nodes, sources, stored, reductions, further, *divided)
 
     def _levels(self) -> tuple[dict[int, int], dict[int, int]]:

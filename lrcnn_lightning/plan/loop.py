@@ -10,7 +10,7 @@ from lrcnn_lightning.plan.halos import Row, row_intervals
 from lrcnn_lightning.plan.memo import Memo
 from lrcnn_lightning.rules import Interval, Role, RowGraph
 
-__all__ = ["BackwardPass", "Loop", "balanced_cuts", "closure", "even_cuts", "make_loop"]
+__all__ = ["BackwardPass", "Loop", "balanced_cuts", "closure", "even_cuts", "make_loop", "redivide"]
 
 
 @dataclass(frozen=True)
@@ -182,3 +182,9 @@ def make_loop(
         mine,
         tuple(chunks),
     )
+
+
+def redivide(graph: RowGraph, loop: Loop, rows: int, memo: Memo | None = None) -> Loop:
+    """The same loop in so many even rows."""
+    parts = (loop.name, loop.nodes, loop.sources, loop.stored, loop.reductions, loop.targets)
+    return make_loop(graph, *parts, rows, loop.carried, loop.chunks, memo=memo)

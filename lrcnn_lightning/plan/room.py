@@ -20,6 +20,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lrcnn_lightning.plan.builder import ProgramBuilder
+from lrcnn_lightning.plan.loop import Loop, redivide
+from lrcnn_lightning.plan.program import BackwardRows, RunRows, Step, Sweep
 
 if TYPE_CHECKING:
     from lrcnn_lightning.plan.plan import Plan
@@ -38,21 +40,15 @@ def with_room(plan: Plan, builders: Mapping[int, ProgramBuilder]) -> Plan:
             if builder.on_demand and builder.restores_twice:
                 rooms[number] = [plan.peak_bytes - peak for peak in plan.cost.backward_peaks[builder.name]]
     if rooms:
-        plan = _better(plan, _rebuilt(plan, builders, rooms))
+        segments = list(plan.segments)
+        for number, room in rooms.items():
+            segments[number] = builders[number].build(training=True, room=room)
+        plan = _better(plan, replace(plan, segments=tuple(segments)))
     if plan.choices.rows_where_needed:
-        fewer = _fewer_rows(plan, builders, rooms)
+        fewer = _fewer_rows(plan)
         if fewer:
-            _divide(builders, fewer)
-            plan = _better(plan, _rebuilt(plan, builders, rooms))
+            plan = _better(plan, _divided(plan, fewer))
     return plan
-
-
-def _rebuilt(plan: Plan, builders: Mapping[int, ProgramBuilder], rooms: Mapping[int, list[int]]) -> Plan:
-    """The plan with its segments built anew."""
-    segments = list(plan.segments)
-    for number, builder in builders.items():
-        segments[number] = builder.build(bool(segments[number].backward), rooms.get(number))
-    return replace(plan, segments=tuple(segments))
 
 
 def _better(plan: Plan, other: Plan) -> Plan:
@@ -60,12 +56,32 @@ def _better(plan: Plan, other: Plan) -> Plan:
     return other if other.peak_bytes <= plan.peak_bytes and other.cost.seconds < plan.cost.seconds else plan
 
 
-def _divide(builders: Mapping[int, ProgramBuilder], rows: Mapping[str, int]) -> None:
-    for builder in builders.values():
-        builder.divide({name: count for name, count in rows.items() if name.startswith(f"{builder.name}.")})
+def _divided(plan: Plan, rows: Mapping[str, int]) -> Plan:
+    """The plan with some loops, by their names, in so many rows."""
+    made: dict[str, Loop] = {}
+
+    def divided(loop: Loop) -> Loop:
+        if loop.name not in rows:
+            return loop
+        if loop.name not in made:
+            made[loop.name] = redivide(plan.graph, loop, rows[loop.name], plan.memo)
+        return made[loop.name]
+
+    def changed(step: Step) -> Step:
+        if isinstance(step, (RunRows, Sweep)):
+            return replace(step, loop=divided(step.loop))
+        if isinstance(step, BackwardRows):
+            return replace(step, run=replace(step.run, loop=divided(step.run.loop)))
+        return step
+
+    segments = (
+        replace(s, forward=tuple(map(changed, s.forward)), backward=tuple(map(changed, s.backward)))
+        for s in plan.segments
+    )
+    return replace(plan, segments=tuple(segments))
 
 
-def _fewer_rows(plan: Plan, builders: Mapping[int, ProgramBuilder], rooms: Mapping[int, list[int]]) -> dict[str, int]:
+def _fewer_rows(plan: Plan) -> dict[str, int]:
     """Loops, by name, that are faster with fewer rows and stay below the peak with these.
 
     Tried are the fewest rows that the peak allows and, where large results cost more, the fewest with slabs that are
@@ -77,10 +93,9 @@ def _fewer_rows(plan: Plan, builders: Mapping[int, ProgramBuilder], rooms: Mappi
         fewest = _fewest_rows(plan, limit)
         if not fewest:
             break
-        _divide(builders, fewest)
-        trial, _ = _seconds(_rebuilt(plan, builders, rooms))
+        trial, _ = _seconds(_divided(plan, fewest))
         for name, count in fewest.items():
-            if name in trial and trial[name] < seconds[name]:
+            if trial[name] < seconds[name]:
                 seconds[name], best[name] = trial[name], count
     return {name: count for name, count in best.items() if count < rows[name]}
 

@@ -136,6 +136,7 @@ class _Search:
         limit = max(24, min(_REFINEMENTS, _REFINED_NODES // max(len(self.graph.nodes), 1)))
         for start in starts:
             self._walk(self._made(start), moves, limit // len(starts))
+        self._climb(moves, limit)
 
     def _walk(self, current: Plan, moves: _Moves, limit: int) -> None:
         """Change a plan little by little, and make at most ``limit`` plans.
@@ -163,6 +164,22 @@ class _Search:
                     break
             resting += 1
             price *= _DEARER if self._exceeds(*self.tried[current.choices]) else 1 / _DEARER
+
+    def _climb(self, moves: _Moves, limit: int) -> None:
+        """Change the best plan as long as a single change makes it better, and make at most ``limit`` plans.
+
+        A change counts, too, that gains only of what is limited: it makes room for the next one.
+        """
+        assert self.best is not None
+        start: Plan | None = None
+        while limit > 0 and self.best is not start:
+            start = self.best
+            for choices in moves.of(start):
+                if choices not in self.tried:
+                    limit -= 1
+                    self._try(choices)
+                if self.best is not start or limit <= 0:
+                    break
 
     def _exceeds(self, peak: int, seconds: float) -> bool:
         if self.budget is not None:
@@ -198,7 +215,7 @@ class _Search:
         allowed overhead by memory, others by time.
         """
         wanted, limited = (seconds, peak) if self.budget is not None else (peak, seconds)
-        return (1, limited) if self._exceeds(peak, seconds) else (0, wanted)
+        return (1, limited, wanted) if self._exceeds(peak, seconds) else (0, wanted, limited)
 
 
 class _Moves:
