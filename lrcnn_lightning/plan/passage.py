@@ -1,13 +1,14 @@
-"""What a loop costs: its slabs, carries and maps allocation by allocation, and its work.
+"""What a loop costs: its slabs, carries and maps, allocation by allocation, and how long it takes.
 
-The forward pass of a loop and a backward pass over it are simulated row by row as the engine runs them. Rows in the
-middle of a map, and chunks of a batch, are alike: one stands for all of them.
+The memory of the forward pass of a loop, and of a backward pass over it, is simulated row by row as the engine runs
+them. Rows in the middle of a map, and chunks of a batch, are alike: one stands for all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from lrcnn_lightning.plan.duration import Durations, alike_chunks
 from lrcnn_lightning.plan.halos import Span
 from lrcnn_lightning.plan.loop import BackwardPass, Loop
 from lrcnn_lightning.plan.machine import Machine
@@ -25,22 +26,19 @@ class Passages:
     def __init__(self, graph: RowGraph, differentiable: Collection[int], machine: Machine) -> None:
         self.graph, self.differentiable = graph, differentiable
         self.work = Work(graph, machine, machine.seconds_a_slab)
+        self.durations = Durations(graph, self.work, differentiable)
         self.memory = Memory()
         self.seconds = 0.0
-
-    def _share(self, value: int, rows: int, samples: int) -> float:
-        height, batch = self.graph.height(value), self.graph.samples(value)
-        return (rows / height if height else 1.0) * (samples / batch if batch else 1.0)
 
     def rows(self, loop: Loop, kept_carries: Collection[int], stored: bool) -> None:
         """The forward pass of a loop."""
         graph, memory = self.graph, self.memory
-        for chunk, times in _sampled(len(loop.chunks)):
+        self.seconds += self.durations.forward(loop, stored)
+        for chunk, times in alike_chunks(len(loop.chunks)):
             samples = loop.chunks[chunk].length
-            before = self.seconds
             previous = 0
             for r, alike in _sampled_rows(len(loop.rows)):
-                row, start = loop.rows[r], self.seconds
+                row = loop.rows[r]
                 waiting = _waiting(graph, loop.nodes)
                 following = loop.rows[r + 1] if r + 1 < len(loop.rows) else None
                 for position in loop.nodes:
@@ -56,12 +54,7 @@ class Passages:
                         if stored and value in loop.stored:
                             full = graph.values[value].bytes
                             if len(loop.rows) * len(loop.chunks) > 1 or ("slab", value) not in memory:
-                                if ("map", value) not in memory:
-                                    self.seconds += self.work.fresh(full)
                                 memory.allocate(("map", value), full)
-                                self.seconds += self.work.traffic(
-                                    bytes_of(graph, value, span.computed.length, samples), 2
-                                )
                             else:
                                 memory.free(("slab", value))
                                 memory.allocate(("map", value), full)
@@ -77,14 +70,10 @@ class Passages:
                 if r:
                     self._drop_carries(loop, chunk, previous, graph)
                 previous = r
-                self.seconds += (alike - 1) * (self.seconds - start)
             self._drop_carries(loop, chunk, previous, graph)
-            self.seconds += (times - 1) * (self.seconds - before)
         for position in loop.reductions:
             for output in graph.nodes[position].outputs:
                 memory.allocate(("map", output), graph.values[output].bytes)
-            calls = len(loop.rows) * len(loop.chunks)
-            self.seconds += self.work.forward(position) + (calls - 1) * self.work.seconds_a_call
 
     def _drop_carries(self, loop: Loop, chunk: int, r: int, graph: RowGraph) -> None:
         for position in loop.nodes:
@@ -111,25 +100,22 @@ class Passages:
             above, below = padded.missing(span.computed)
             rows = padded.needed(span.computed).length + above + below
             memory.touch(bytes_of(graph, node.inputs[0], rows, samples))
-        self.seconds += self.work.forward(position, self._share(node.outputs[0], span.computed.length, samples))
 
     def backward_rows(self, run: BackwardPass, dropped: str | None) -> None:
         """A backward pass; ``dropped``: the loop whose kept carries it drops."""
-        for chunk, times in _sampled(len(run.loop.chunks)):
-            before = self.seconds
+        made = {value for value in run.maps if ("gradient", value) in self.memory}
+        self.seconds += self.durations.backward(run, made)
+        for chunk, _ in alike_chunks(len(run.loop.chunks)):
             handed: dict[int, float] = {}
             rows = _sampled_rows(len(run.loop.rows))
-            for i, (r, alike) in reversed(list(enumerate(rows))):
-                start = self.seconds
+            for i, (r, _) in reversed(list(enumerate(rows))):
                 handed = self._backward_row(run, chunk, r, handed)
-                self.seconds += (alike - 1) * (self.seconds - start)
                 if dropped is not None:
                     self._drop_kept(dropped, chunk, r)
                     if i and rows[i - 1][1] == 1:
                         self._drop_kept(dropped, chunk, rows[i - 1][0])
             for value in handed:
                 self.memory.free(("handed", value))
-            self.seconds += (times - 1) * (self.seconds - before)
         for value in run.wholes:
             # What becomes the gradient of a parameter is no activation memory.
             if not is_parameter(self.graph, value):
@@ -169,7 +155,6 @@ class Passages:
                     if value in injected and not row.owned[value].empty:
                         size = bytes_of(graph, value, row.owned[value].length, samples)
                         memory.allocate(("seed", value), size)
-                        self.seconds += self.work.traffic(size, 5)  # made, and added to what comes from elsewhere
             for value in (*node.inputs, *node.outputs):
                 if value in node.inputs:
                     waiting[value] -= 1
@@ -188,10 +173,9 @@ class Passages:
             needed = rule.needed(span.computed)
             for value in node.outputs:
                 memory.free(("handed", value))
-            weights = [i for i in node.inputs if not graph.is_map(i) and i in run.wholes and is_large(graph, i)]
-            wanted = len(weights)
-            for index in weights:
-                memory.touch(graph.values[index].bytes)  # added to the sum at once
+            for index in node.inputs:
+                if not graph.is_map(index) and index in run.wholes and is_large(graph, index):
+                    memory.touch(graph.values[index].bytes)  # added to the sum at once
             for index in node.inputs:
                 if not graph.is_map(index) or index not in self.differentiable:
                     continue
@@ -203,9 +187,6 @@ class Passages:
                 if key in memory:
                     memory.touch(size)
                 memory.allocate(key, size)
-                wanted += 1
-                if index in run.maps:
-                    self.seconds += self.work.traffic(size, 3)  # added to the gradient map
             for value in node.outputs:
                 memory.free(("slab gradient", value))
                 memory.free(("seed", value))
@@ -214,8 +195,6 @@ class Passages:
                 if not holders[value]:
                     memory.free(("slab", value))
             memory.free(("extra", position))
-            share = self._share(node.outputs[0], span.computed.length, samples)
-            self.seconds += self.work.backward(position, share, wanted, len(weights))
         result: dict[int, float] = {}
         for position in run.nodes:
             span = row.spans[position]
@@ -225,19 +204,12 @@ class Passages:
                     memory.allocate(("handed", value), size)
                     result[value] = size
         for index in run.maps:
-            if ("gradient", index) not in memory:
-                self.seconds += self.work.fresh(graph.values[index].bytes)
             memory.allocate(("gradient", index), graph.values[index].bytes)
         memory.free_all("slab gradient")
         memory.free_all("slab")
         memory.free_all("fresh")
         memory.free_all("seed")
         return result
-
-
-def _sampled(chunks: int) -> list[tuple[int, int]]:
-    """Chunks to simulate, and how many each stands for: they are alike but for a sample more or less."""
-    return [(chunk, 1) for chunk in range(chunks)] if chunks <= 2 else [(0, chunks - 1), (chunks - 1, 1)]
 
 
 def _sampled_rows(rows: int) -> list[tuple[int, int]]:
