@@ -11,7 +11,8 @@ from torch import nn
 import lrcnn_lightning
 from lrcnn_lightning.models import resnet50, vgg16, vgg16_bn
 from lrcnn_lightning.monitor import measure_fake, measure_module
-from lrcnn_lightning.rowwise import RowwiseForward
+from lrcnn_lightning.plan.plan import Choices, build_plan
+from tests.oracle import requires_grad_leaves, row_graph
 
 # VGG-16's convolutions and global pooling; the measure runs on fake tensors, so the full width and size cost nothing.
 PLANS = {
@@ -74,8 +75,9 @@ def test_evaluation_streams(mode: str) -> None:
 def test_carries_are_two_rows_a_convolution() -> None:
     """2PS on two 3 x 3 convolutions: what row r hands to row r + 1 is two rows of the map between them, no more."""
     module = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1))
-    forward = RowwiseForward(module, lrcnn_lightning.RowConfig(mode="two_phase", rows=4))
-    plan = forward.plan_for((torch.randn(1, 1, 64, 16),), {})
+    images = torch.randn(1, 1, 64, 16)
+    graph = row_graph(module, [images])
+    plan = build_plan(graph, requires_grad_leaves(graph.graph, module, [images]), True, Choices("two_phase", rows=4))
     (loop,) = plan.loops()
     first, second = loop.nodes
     assert [row.spans[second].computed for row in loop.rows] == [(0, 16), (16, 32), (32, 48), (48, 64)]

@@ -166,6 +166,7 @@ def choices(draw: Any) -> list[Choices]:
             draw(st.sampled_from(KEEPINGS)),
             exceptions=tuple(sorted(draw(residencies).items())),
             heights=draw(st.sampled_from(["even", "balanced"])),
+            rows_where_needed=draw(st.booleans()),
         )
         for mode in MODES
     ]

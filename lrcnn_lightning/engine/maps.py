@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lrcnn_lightning.rules import Axes, Tile
+from lrcnn_lightning.rules import Axes, Interval, Tile
 
 __all__ = ["Gradients", "cut", "write"]
 
@@ -38,6 +38,74 @@ def write(full: Tensor | None, slab: Tensor, shape: tuple[int, ...], axes: Axes,
     return full
 
 
+class _Filling:
+    """A new map that tiles are added to. What they reach first is written, and only what they reach again is added to.
+
+    Rows come from the bottom, chunk by chunk, and the lines between the tiles may belong to none (a stride that is
+    larger than the kernel); so one interval says what of a chunk is written:
+
+        chunk 1   | nothing yet | tile r | written: rows r + 1 and below |
+                                     |___| in both, added
+    """
+
+    def __init__(self, full: Tensor, axes: Axes) -> None:
+        self.full, self.axes = full, axes
+        self._done: list[Interval] = []
+        self._batch: Interval | None = None
+        self._written = Interval(0, 0)
+
+    def add(self, gradient: Tensor, tile: Tile) -> None:
+        """Add the gradient of the part that lies in ``tile``."""
+        batch = tile.batch if self.axes.batch is not None else Interval(0, 0)
+        if batch in self._done:
+            cut(self.full, self.axes, tile).add_(gradient)
+            return
+        if batch != self._batch:
+            self._close()
+            self._batch, self._written = batch, Interval(tile.rows.lo, tile.rows.lo)
+        (lo, hi), (first, last) = self._written, tile.rows
+        self._zero(last, lo)
+        self._zero(hi, first)
+        lines = Axes(self.axes.row)
+        for start, stop, known in (
+            (first, min(last, lo), False),
+            (max(first, lo), min(last, hi), True),
+            (max(first, hi), last, False),
+        ):
+            if start < stop:
+                part = cut(self.full, self.axes, Tile(Interval(start, stop), tile.batch))
+                given = cut(gradient, lines, Tile(Interval(start - first, stop - first), tile.batch))
+                if known:
+                    part.add_(given)
+                else:
+                    part.copy_(given)
+        self._written = Interval(min(lo, first), max(hi, last))
+
+    def finish(self) -> None:
+        """Whatever no tile has reached has no gradient."""
+        self._close()
+        end = 0
+        for batch in sorted(self._done):
+            if self.axes.batch is not None:
+                self.full.narrow(self.axes.batch, end, batch.lo - end).zero_()
+                end = batch.hi
+        if self.axes.batch is not None:
+            self.full.narrow(self.axes.batch, end, self.full.shape[self.axes.batch] - end).zero_()
+
+    def _close(self) -> None:
+        """The chunk is done."""
+        if self._batch is not None:
+            assert self.axes.row is not None
+            self._zero(0, self._written.lo)
+            self._zero(self._written.hi, self.full.shape[self.axes.row])
+            self._done.append(self._batch)
+            self._batch = None
+
+    def _zero(self, start: int, stop: int) -> None:
+        if start < stop and self._batch is not None:
+            cut(self.full, self.axes, Tile(Interval(start, stop), self._batch)).zero_()
+
+
 class Gradients:
     """Gradients by value: maps that are added to slab by slab, and whole tensors.
 
@@ -49,21 +117,25 @@ class Gradients:
         self._shape_of, self._axes_of = shape_of, axes_of
         self._tensors: dict[int, Tensor] = {}
         self._borrowed: set[int] = set()
+        self._filling: dict[int, _Filling] = {}
 
     def __contains__(self, value: int) -> bool:
         return value in self._tensors
 
     def get(self, value: int) -> Tensor | None:
         """The gradient so far, or None."""
+        self._finish(value)
         return self._tensors.get(value)
 
     def pop(self, value: int) -> Tensor | None:
         """The gradient, which is dropped here."""
+        self._finish(value)
         self._borrowed.discard(value)
         return self._tensors.pop(value, None)
 
     def add(self, value: int, gradient: Tensor) -> None:
         """Add the gradient of a whole value or full map."""
+        self._finish(value)
         present = self._tensors.get(value)
         if present is None:
             # Autograd may have given the same tensor to somebody else: not ours to change.
@@ -88,11 +160,20 @@ class Gradients:
             return
         present = self._tensors.get(value)
         if present is None:
-            present = torch.zeros(shape, dtype=gradient.dtype, device=gradient.device)
-            present = present.contiguous(memory_format=_memory_format(gradient))
+            layout = _memory_format(gradient)
+            present = torch.empty(shape, dtype=gradient.dtype, device=gradient.device, memory_format=layout)
             self._tensors[value] = present
-        elif value in self._borrowed:
+            self._filling[value] = _Filling(present, axes)
+        if value in self._filling:
+            self._filling[value].add(gradient, tile)
+            return
+        if value in self._borrowed:
             present = present.clone()
             self._tensors[value] = present
             self._borrowed.discard(value)
         cut(present, axes, tile).add_(gradient)
+
+    def _finish(self, value: int) -> None:
+        filling = self._filling.pop(value, None)
+        if filling is not None:
+            filling.finish()

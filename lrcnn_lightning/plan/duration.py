@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from lrcnn_lightning.plan.halos import Row
 from lrcnn_lightning.plan.loop import BackwardPass, Loop
 from lrcnn_lightning.plan.retained import bytes_of, passes_gradient_on
-from lrcnn_lightning.plan.work import Work, is_large
+from lrcnn_lightning.plan.work import Work, is_weight
 from lrcnn_lightning.rules import Interval, RowGraph, RowRule
 
 __all__ = ["Durations", "alike_chunks"]
@@ -85,7 +85,9 @@ class Durations:
                         part = work.backward(node.position, share, node.wanted, node.weights)
                         if node.summed:
                             needed = node.rule.needed(Interval(new, hi)).length
-                            part += sum(work.traffic(bytes_of(graph, v, needed, samples), 3) for v in node.summed)
+                            for value in node.summed:  # written, or added to what is there
+                                size = bytes_of(graph, value, needed, samples)
+                                part += work.traffic(size, 3 if value in made else 2)
                         if lo < new:  # the gradient of the carry is handed up
                             part += work.traffic(bytes_of(graph, node.output, new - lo, samples), 4)
                         seconds += times * part
@@ -106,6 +108,6 @@ class _Differentiated:
             and value in differentiable
             and (value in run.maps or graph.producer.get(value) in run.differentiated)
         ]
-        self.weights = sum(not graph.is_map(v) and v in run.wholes and is_large(graph, v) for v in node.inputs)
+        self.weights = sum(not graph.is_map(v) and v in run.wholes and is_weight(graph, v) for v in node.inputs)
         self.wanted = self.weights + len(maps)
         self.summed = [] if passes_gradient_on(node) else [value for value in maps if value in run.maps]

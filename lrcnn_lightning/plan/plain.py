@@ -8,7 +8,7 @@ from lrcnn_lightning.plan.cost import Cost
 from lrcnn_lightning.plan.machine import CPU, Machine
 from lrcnn_lightning.plan.memory import Memory
 from lrcnn_lightning.plan.retained import VIEWS, extra_bytes, passes_gradient_on, retains
-from lrcnn_lightning.plan.work import Work, is_large, is_parameter
+from lrcnn_lightning.plan.work import Work, is_parameter, is_weight
 from lrcnn_lightning.rules import Role, RowGraph
 
 __all__ = ["plain_cost"]
@@ -73,7 +73,7 @@ def plain_cost(graph: RowGraph, differentiable: Collection[int], machine: Machin
             if index not in differentiable:
                 continue
             if is_parameter(graph, index):
-                weights += is_large(graph, index)
+                weights += is_weight(graph, index)
                 continue
             wanted += 1
             memory.allocate(("gradient", index), 0 if passes_gradient_on(node) else graph.values[index].bytes)

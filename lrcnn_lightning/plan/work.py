@@ -15,7 +15,7 @@ from lrcnn_lightning.plan.machine import Machine
 from lrcnn_lightning.plan.retained import VIEWS
 from lrcnn_lightning.rules import RowGraph, RowRule
 
-__all__ = ["Work", "is_large", "is_parameter"]
+__all__ = ["Work", "is_large", "is_parameter", "is_weight"]
 
 _SMALL = 4096
 """Elements of biases and scales, at most."""
@@ -108,6 +108,11 @@ def is_product(name: str) -> bool:
 def is_parameter(graph: RowGraph, value: int) -> bool:
     """Whether a value is a parameter or buffer, whose gradient is no activation memory."""
     return graph.values[value].kind.value in ("parameter", "buffer")
+
+
+def is_weight(graph: RowGraph, value: int) -> bool:
+    """Whether a whole value is what a product multiplies by, and no bias or scale: its gradient is another product."""
+    return len(graph.values[value].shape) > 1
 
 
 def is_large(graph: RowGraph, value: int) -> bool:
