@@ -20,7 +20,7 @@ The design's worked example (a bottleneck block) is this with c1 and c2 kept.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from lrcnn_lightning.plan.groups import groups
@@ -72,9 +72,12 @@ class ProgramBuilder:
         self.differentiable = differentiable
         inside = {output for position in nodes for output in graph.nodes[position].outputs}
         self.inside = inside
+        self._by_rows = {o for p in nodes if graph.roles[p] is Role.ROW for o in graph.nodes[p].outputs}
         read = dict.fromkeys(i for position in nodes for i in graph.nodes[position].inputs)
         self.inputs = tuple(index for index in read if index not in inside)
         self.outputs = tuple(index for index in outputs if index in inside)
+        self._maps = {index for index in (*self.inputs, *inside) if graph.is_map(index)}
+        self._forward_draft: tuple[list[Step], list[Loop]] | None = None
         self._draft: tuple[Restores, dict[str, set[int]]] | None = None
 
     # ---------------------------------------------------------------- forward
@@ -85,7 +88,9 @@ class ProgramBuilder:
         ``room``: bytes, at each step of the backward pass but those that restore maps, that maps may take which are
         restored before they are due (`restore`).
         """
-        forward, loops = self._forward(training)
+        if self._forward_draft is None:
+            self._forward_draft = self._forward(training)
+        forward, loops = self._forward_draft
         if not training:
             return self._program(forward, (), (), frozenset())
         if self._draft is None:
@@ -155,32 +160,25 @@ class ProgramBuilder:
         return value_level, node_level
 
     def _made_by_rows(self, index: int) -> bool:
-        position = self.graph.producer.get(index)
-        return position is not None and index in self.inside and self.graph.roles[position] is Role.ROW
+        return index in self._by_rows
 
     def _forward(self, training: bool) -> tuple[list[Step], list[Loop]]:
         graph = self.graph
         value_level, node_level = self._levels()
         top = max((*value_level.values(), *node_level.values(), 0))
         available = {i for i in self.inputs if graph.is_map(i)}
+        stored_at = _by_level((i for i in sorted(self._by_rows) if self._stored_forward(i)), value_level)
+        wholes_at = _by_level((p for p in self.nodes if graph.roles[p] is Role.WHOLE), node_level)
+        reductions_at = _by_level((p for p in self.nodes if graph.roles[p] is Role.REDUCE), node_level)
         steps: list[Step] = []
         loops: list[Loop] = []
         for level in range(top + 1):
-            for position in self.nodes:
-                if graph.roles[position] is Role.WHOLE and node_level[position] == level:
-                    is_effect = not graph.nodes[position].outputs
-                    steps.append(Effect(position) if is_effect else RunWhole(position))
-                    available.update(i for i in graph.nodes[position].outputs if graph.is_map(i))
-            stored = [
-                index
-                for index in sorted(self.inside)
-                if self._made_by_rows(index) and value_level[index] == level and self._stored_forward(index)
-            ]
-            reductions = [
-                position
-                for position in self.nodes
-                if graph.roles[position] is Role.REDUCE and node_level[position] == level
-            ]
+            for position in wholes_at.get(level, []):
+                is_effect = not graph.nodes[position].outputs
+                steps.append(Effect(position) if is_effect else RunWhole(position))
+                available.update(i for i in graph.nodes[position].outputs if graph.is_map(i))
+            stored = stored_at.get(level, [])
+            reductions = reductions_at.get(level, [])
             if not stored and not reductions:
                 continue
             wanted = {*stored, *(graph.nodes[position].inputs[0] for position in reductions)}
@@ -208,10 +206,11 @@ class ProgramBuilder:
             for index in (*reads_of(self.graph, step), *writes_of(self.graph, step)):
                 if index in self.inside and index not in keep:
                     last[index] = i
+        freed = _by_level(last, last)
         result: list[Step] = []
         for i, step in enumerate(steps):
             result.append(step)
-            result.extend(Free(index) for index, when in last.items() if when == i)
+            result.extend(Free(index) for index in freed.get(i, ()))
         return result
 
     # --------------------------------------------------------------- backward
@@ -277,13 +276,14 @@ class ProgramBuilder:
                     carries[step.carries] = i
             elif isinstance(step, BackwardWhole):
                 gradients.update(dict.fromkeys(self.graph.nodes[step.node].outputs, i))
+        freed, handed_on = _by_level(last, last), _by_level(gradients, gradients)
         result: list[Step] = []
         for i, step in enumerate(steps):
             if isinstance(step, BackwardRows) and carries.get(step.carries or "") == i:
                 step = replace(step, drops=True)
             result.append(step)
-            result.extend(Free(index) for index, when in last.items() if when == i)
-            result.extend(FreeGradient(index) for index, when in gradients.items() if when == i)
+            result.extend(Free(index) for index in freed.get(i, ()))
+            result.extend(FreeGradient(index) for index in handed_on.get(i, ()))
         return result
 
     def _group(
@@ -315,7 +315,7 @@ class ProgramBuilder:
             return []
         levels = self._group_levels(group, made)
         streamed = {output for position in rows for output in graph.nodes[position].outputs}
-        available = {i for i in (*self.inputs, *self.inside) if graph.is_map(i) and i not in streamed}
+        available = self._maps - streamed
         targets = {*outputs, *(graph.nodes[p].inputs[0] for p in reductions)}
         nodes, sources = closure(graph, targets, available)
         loop = self._loop(name, nodes, sources, (), reductions, outputs)
@@ -406,3 +406,11 @@ class ProgramBuilder:
             return False
         injected = any(graph.nodes[p].inputs[0] == output for p in injections)
         return not injected or self._materialised_backward(output)
+
+
+def _by_level(members: Iterable[int], level: Mapping[int, int]) -> dict[int, list[int]]:
+    """The members of each level (or step), in order."""
+    result: dict[int, list[int]] = {}
+    for member in members:
+        result.setdefault(level[member], []).append(member)
+    return result

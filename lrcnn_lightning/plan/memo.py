@@ -28,7 +28,10 @@ class Passage(NamedTuple):
 
 @dataclass
 class Memo:
-    """Rows of loops by their nodes, targets, cuts and carries; passages by their rows and what else matters."""
+    """Rows of loops by their nodes, targets, cuts and carries; passages by their rows and what else matters; segments
+    (builder and program) by their nodes and what is chosen for them.
+    """
 
     rows: dict[Any, tuple[tuple[int, ...], tuple[Row, ...]]] = field(default_factory=dict)
     passages: dict[Any, Passage] = field(default_factory=dict)
+    segments: dict[Any, tuple[Any, Any]] = field(default_factory=dict)

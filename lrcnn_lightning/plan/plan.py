@@ -249,22 +249,25 @@ def build_plan(
         if part.mode not in carried:
             carried[part.mode] = carried_nodes(graph, part.mode)
         residencies: Residencies = choose_residencies(graph, nodes, outputs, part.keeping, exceptions)
-        builder = ProgramBuilder(
-            graph,
-            name,
-            nodes,
-            outputs,
-            residencies,
-            part.rows,
-            carried[part.mode],
-            chunks,
-            differentiable,
-            on_demand=part.keeping != "borders",
-            balanced=part.heights == "balanced",
-            memo=memo,
-        )
-        builders[number] = builder
-        segments.append(builder.build(training=kind == "rows"))
+        key = (name, nodes, tuple(outputs), part, tuple(residencies.items()), tuple(chunks), kind)
+        if key not in memo.segments:
+            builder = ProgramBuilder(
+                graph,
+                name,
+                nodes,
+                outputs,
+                residencies,
+                part.rows,
+                carried[part.mode],
+                chunks,
+                differentiable,
+                on_demand=part.keeping != "borders",
+                balanced=part.heights == "balanced",
+                memo=memo,
+            )
+            memo.segments[key] = builder, builder.build(training=kind == "rows")
+        builders[number], program = memo.segments[key]
+        segments.append(program)
     prologue = tuple(p for p in range(len(graph.nodes)) if graph.roles[p] is Role.PROLOGUE)
     plan = Plan(graph, choices, tuple(segments), frozenset(differentiable), training, prologue, machine, memo=memo)
     plan = with_room(plan, builders)

@@ -36,7 +36,7 @@ _MOST_ROWS = 64
 _SMALL = 250
 """Nodes of a graph for which a whole grid of plans is tried in seconds."""
 _REFINEMENTS = 400
-_REFINED_NODES = 20_000
+_REFINED_NODES = 50_000
 """Plans that are tried at most when the best one is refined, and nodes that these have together."""
 _EXCHANGED = 4
 """Maps that are tried kept, and tried dropped, at each step of the refinement."""
@@ -129,24 +129,25 @@ class _Search:
         """Walk from the best plan, and from the best ones with other numbers of segments."""
         if self.best is None or self.best.mode == "plain" or not self.training:
             return
-        best: dict[int, Choices] = {}
+        best: dict[Any, Choices] = {}
         for choices in sorted(self.tried, key=lambda choices: self._rank(*self.tried[choices])):
-            best.setdefault(choices.segments, choices)
+            best.setdefault((choices.segments, choices.keeping), choices)
         starts = list(best.values())[:_STARTS]
         limit = max(24, min(_REFINEMENTS, _REFINED_NODES // max(len(self.graph.nodes), 1)))
         for start in starts:
-            self._walk(self._made(start), moves, limit // len(starts))
-        self._climb(moves, limit)
+            reached = self._walk(self._made(start), moves, limit // len(starts))
+            self._climb(reached, moves, limit // len(starts))
+        self._climb(self.best, moves, limit)
 
-    def _walk(self, current: Plan, moves: _Moves, limit: int) -> None:
-        """Change a plan little by little, and make at most ``limit`` plans.
+    def _walk(self, current: Plan, moves: _Moves, limit: int) -> Plan:
+        """Change a plan little by little, and make at most ``limit`` plans; the best one on the way.
 
         Mostly it takes two changes to gain anything: one that pays time (or memory), and one that buys more for it. So
         the walk goes by what it wants less of and, at a price, what is limited. The price rises while the limit is
         exceeded and falls while it is not, and the walk goes to and fro around the limit. The best plan that was met
         counts.
         """
-        price, resting = 1.0, 0
+        price, resting, best = 1.0, 0, current
         if self._exceeds(*self.tried[current.choices]):
             price = _PRESSING
         while limit > 0 and resting < _RESTS:
@@ -159,27 +160,35 @@ class _Search:
                     plan = self._try(choices)
                 if self._priced(*self.tried[choices], price) < here - 1e-4:
                     current, resting = plan or self._made(choices), -1
+                    best = min(best, current, key=self._rank_of)
                     break
                 if limit <= 0:
                     break
             resting += 1
             price *= _DEARER if self._exceeds(*self.tried[current.choices]) else 1 / _DEARER
+        return best
 
-    def _climb(self, moves: _Moves, limit: int) -> None:
-        """Change the best plan as long as a single change makes it better, and make at most ``limit`` plans.
+    def _climb(self, current: Plan, moves: _Moves, limit: int) -> None:
+        """Change a plan as long as a single change makes it better, and make at most ``limit`` plans.
 
         A change counts, too, that gains only of what is limited: it makes room for the next one.
         """
-        assert self.best is not None
-        start: Plan | None = None
-        while limit > 0 and self.best is not start:
-            start = self.best
-            for choices in moves.of(start):
+        improved = True
+        while improved and limit > 0:
+            improved = False
+            for choices in moves.of(current):
+                plan = None
                 if choices not in self.tried:
                     limit -= 1
-                    self._try(choices)
-                if self.best is not start or limit <= 0:
+                    plan = self._try(choices)
+                if self._rank(*self.tried[choices]) < self._rank_of(current):
+                    current, improved = plan or self._made(choices), True
                     break
+                if limit <= 0:
+                    break
+
+    def _rank_of(self, plan: Plan) -> tuple[float, ...]:
+        return self._rank(*self.tried[plan.choices])
 
     def _exceeds(self, peak: int, seconds: float) -> bool:
         if self.budget is not None:
@@ -198,7 +207,7 @@ class _Search:
         """Build and price a plan, and remember it if it is the best one so far."""
         plan = self._made(choices)
         self.tried[choices] = plan.cost.peak_bytes, plan.cost.seconds
-        if self.best is None or self._rank(*self.tried[choices]) < self._rank(*self.tried[self.best.choices]):
+        if self.best is None or self._rank(*self.tried[choices]) < self._rank_of(self.best):
             self.best = plan
         return plan
 
@@ -227,6 +236,8 @@ class _Moves:
         self.points = cut_points(graph, nodes) if nodes else []
         self.first = nodes[0] if nodes else 0
         self.barriers = any(role is Role.REDUCE for role in graph.roles)
+        divides = config.batch_chunks == "auto" and graph.batch_splits
+        self.samples = graph.input_samples if divides else 1
 
     def of(self, plan: Plan) -> Iterator[Choices]:
         """The neighbours of a plan."""
@@ -236,6 +247,9 @@ class _Moves:
             for value, residency in exchanges(plan, _EXCHANGED):
                 excepted = {**dict(choices.exceptions), value: residency}
                 yield replace(choices, exceptions=tuple(sorted(excepted.items())))
+        for chunks in (choices.batch_chunks * 2, choices.batch_chunks // 2):
+            if 1 <= chunks <= self.samples:
+                yield replace(choices, batch_chunks=chunks)
         peak = next((s.nodes[0] for s in plan.segments[plan.cost.peak_segment :] if not s.plain), parts[-1].first)
         order = sorted(range(len(parts)), key=lambda i: abs(parts[i].first - peak))
         for i in order:

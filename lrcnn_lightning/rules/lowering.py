@@ -90,7 +90,11 @@ class RowGraph:
 
     def is_map(self, value: int) -> bool:
         """Whether the value has a row axis."""
-        return self.axes.get(value, WHOLE).row is not None
+        return value in self._maps
+
+    @cached_property
+    def _maps(self) -> frozenset[int]:
+        return frozenset(value for value, axes in self.axes.items() if axes.row is not None)
 
     @cached_property
     def communicates(self) -> bool:
