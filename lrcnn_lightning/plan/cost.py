@@ -73,7 +73,10 @@ class _Simulation:
         memo: Memo | None,
     ) -> None:
         self.graph, self.differentiable = graph, differentiable
-        self.passages = Passages(graph, differentiable, machine)
+        known = None if memo is None else memo.simulated
+        self.passages = known or Passages(graph, differentiable, machine)
+        if memo is not None:
+            memo.simulated = self.passages
         self.work = self.passages.work
         self.memory = self.passages.memory = memory or Memory()
         self.memo = memo

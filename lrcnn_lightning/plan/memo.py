@@ -34,4 +34,6 @@ class Memo:
 
     rows: dict[Any, tuple[tuple[int, ...], tuple[Row, ...]]] = field(default_factory=dict)
     passages: dict[Any, Passage] = field(default_factory=dict)
+    simulated: Any = None
+    """What simulates passages, and knows the price of every operation."""
     segments: dict[Any, tuple[Any, Any]] = field(default_factory=dict)

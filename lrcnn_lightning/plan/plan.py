@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -213,10 +214,12 @@ def build_plan(
     choices: Choices,
     machine: Machine = CPU,
     memo: Memo | None = None,
+    most_bytes: float = math.inf,
 ) -> Plan:
     """Segments, residencies and row intervals for some choices.
 
     ``leaves`` are the inputs and parameters that require a gradient; without ``training`` there is no backward pass.
+    A plan whose peak is above ``most_bytes`` is not made to use its room: nobody wants it.
     """
     remembered, memo = memo is not None, memo or Memo()
     differentiable = differentiable_values(graph, leaves) if training else set()
@@ -270,7 +273,8 @@ def build_plan(
         segments.append(program)
     prologue = tuple(p for p in range(len(graph.nodes)) if graph.roles[p] is Role.PROLOGUE)
     plan = Plan(graph, choices, tuple(segments), frozenset(differentiable), training, prologue, machine, memo=memo)
-    plan = with_room(plan, builders)
+    if most_bytes == math.inf or plan.peak_bytes <= most_bytes:
+        plan = with_room(plan, builders)
     return plan if remembered else replace(plan, memo=None)
 
 

@@ -180,12 +180,19 @@ class _Search:
                 plan = None
                 if choices not in self.tried:
                     limit -= 1
-                    plan = self._try(choices)
+                    plan = self._try(choices, self._most_bytes(current))
                 if self._rank(*self.tried[choices]) < self._rank_of(current):
                     current, improved = plan or self._made(choices), True
                     break
                 if limit <= 0:
                     break
+
+    def _most_bytes(self, current: Plan) -> float:
+        """The highest peak of a plan that can be better than the current one."""
+        peak, seconds = self.tried[current.choices]
+        if self._exceeds(peak, seconds):
+            return math.inf if self.budget is None else peak
+        return peak if self.budget is None else self.budget
 
     def _rank_of(self, plan: Plan) -> tuple[float, ...]:
         return self._rank(*self.tried[plan.choices])
@@ -200,12 +207,12 @@ class _Search:
         wanted, limited = (seconds, peak) if self.budget is not None else (peak, seconds)
         return math.log(max(wanted, 1e-12)) + price * math.log(max(limited, 1e-12))
 
-    def _made(self, choices: Choices) -> Plan:
-        return build_plan(self.graph, self.leaves, self.training, choices, self.machine, self.memo)
+    def _made(self, choices: Choices, most_bytes: float = math.inf) -> Plan:
+        return build_plan(self.graph, self.leaves, self.training, choices, self.machine, self.memo, most_bytes)
 
-    def _try(self, choices: Choices) -> Plan:
+    def _try(self, choices: Choices, most_bytes: float = math.inf) -> Plan:
         """Build and price a plan, and remember it if it is the best one so far."""
-        plan = self._made(choices)
+        plan = self._made(choices, most_bytes)
         self.tried[choices] = plan.cost.peak_bytes, plan.cost.seconds
         if self.best is None or self._rank(*self.tried[choices]) < self._rank_of(self.best):
             self.best = plan
