@@ -97,6 +97,7 @@ def test_loops_below_the_peak_have_fewer_rows(monkeypatch: pytest.MonkeyPatch) -
     assert {len(loop.rows) for loop in bare.loops()} == {8}
     assert sum(len(loop.rows) for loop in roomy.loops()) < 8 * len(roomy.loops()) / 2
     assert roomy.peak_bytes <= bare.peak_bytes and roomy.cost.seconds < bare.cost.seconds
+    assert f"1 to {roomy.rows}" in str(roomy)
     assert measured_peak(roomy, net, IMAGES) <= 1.05 * measured_peak(bare, net, IMAGES)
 
 

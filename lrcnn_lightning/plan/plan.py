@@ -97,7 +97,8 @@ class Plan:
 
     @property
     def mode(self) -> str:
-        return self.choices.mode
+        modes = {part.mode for part in self.choices.parts}
+        return modes.pop() if len(modes) == 1 else self.choices.mode
 
     @cached_property
     def last_reader(self) -> dict[int, int]:
@@ -140,8 +141,8 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """The largest number of rows of any stage."""
-        return max((len(loop.rows) for loop in self.loops()), default=1)
+        """The largest number of rows of any loop, forward or backward."""
+        return max((len(loop.rows) for segment in self.segments for loop in segment.loops()), default=1)
 
     @property
     def chunks(self) -> int:

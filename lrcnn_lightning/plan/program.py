@@ -110,6 +110,15 @@ class SegmentProgram:
     differentiable: frozenset[int] = frozenset()
     residencies: Residencies = field(default_factory=dict)
 
+    def loops(self) -> list[Loop]:
+        """The loops of the forward and of the backward pass, in order."""
+        steps = (*self.forward, *self.backward)
+        return [
+            step.run.loop if isinstance(step, BackwardRows) else step.loop
+            for step in steps
+            if isinstance(step, (RunRows, Sweep, BackwardRows))
+        ]
+
 
 def reads_of(graph: RowGraph, step: Step) -> tuple[int, ...]:
     """The full maps and whole values that a step reads."""

@@ -102,7 +102,9 @@ def _segment_cells(plan: Plan, segment: SegmentProgram) -> tuple[str, ...]:
     if segment.plain:
         return segment.name, span, "-", "whole", "-", "-", "-", "-"
     loops = [step.loop for step in segment.forward if isinstance(step, RunRows)]
-    longest = max(loops, key=lambda loop: len(loop.rows))
+    most = max(segment.loops(), key=lambda loop: len(loop.rows))
+    fewest = min(len(loop.rows) for loop in segment.loops())
+    rows = str(fewest) if fewest == len(most.rows) else f"{fewest} to {len(most.rows)}"
     policy = "recomputed" if plan.choices.part(segment.nodes[0]).mode == "overlap" else "from full maps"
     if any(loop.carries for loop in loops):
         policy = "carried"
@@ -111,8 +113,8 @@ def _segment_cells(plan: Plan, segment: SegmentProgram) -> tuple[str, ...]:
         segment.name,
         span,
         str(len(loops)),
-        str(len(longest.rows)),
-        _heights(longest),
+        rows,
+        _heights(most),
         policy,
         format_size(carried),
         _kept(plan, segment),
