@@ -243,8 +243,7 @@ class _Moves:
         self.points = cut_points(graph, nodes) if nodes else []
         self.first = nodes[0] if nodes else 0
         self.barriers = any(role is Role.REDUCE for role in graph.roles)
-        divides = config.batch_chunks == "auto" and graph.batch_splits
-        self.samples = graph.input_samples if divides else 1
+        self.samples = graph.input_samples if config.batch_chunks == "auto" and graph.batch_splits else 0
 
     def of(self, plan: Plan) -> Iterator[Choices]:
         """The neighbours of a plan."""
