@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrcnn_lightning.engine.maps import Gradients
+from lrcnn_lightning.engine.maps import Gradients, cut, taken
 from lrcnn_lightning.engine.rows import Carries
-from lrcnn_lightning.engine.slabs import Cuts, Prepared, SlabCall, Target, cuts_of, taken
+from lrcnn_lightning.engine.slabs import Prepared, SlabCall, Target
 from lrcnn_lightning.plan.halos import Row
 from lrcnn_lightning.plan.loop import BackwardPass
 from lrcnn_lightning.rules import Axes, Interval, Reduction, Tile
@@ -148,7 +148,7 @@ class _BackwardRow:
 
     def _stored(self, value: int, tile: Tile) -> Tensor:
         """The part of a full map that lies in ``tile``."""
-        return taken(self.store[value], self._cuts(value, tile))
+        return cut(self.store[value], self.graph.axes[value], tile)
 
     def _recompute(
         self, calls: tuple[SlabCall, ...], carried: dict[int, Tensor], from_below: dict[int, Tensor]
@@ -186,14 +186,11 @@ class _BackwardRow:
         value, tile = target.value, target.tile
         full = self.gradients.get(value) if value in self.run.outputs else None
         if full is not None:
-            self._seed(owned, taken(full, self._cuts(value, tile)))
+            self._seed(owned, cut(full, self.graph.axes[value], tile))
         if value in self.injections:
             values = self._stored(value, tile) if value in self.store else owned.detach()
             for gradient in self._injected(value, values, tile):
                 self._seed(owned, gradient)
-
-    def _cuts(self, value: int, tile: Tile) -> Cuts:
-        return cuts_of(self.graph.values[value].shape, self.graph.axes[value], tile)
 
     def _inject_into_sources(self) -> None:
         """A reduction that reads a map straight from the border adds to the gradient of that map."""
@@ -215,8 +212,7 @@ class _BackwardRow:
             outputs: list[Tensor] = [self.store[output] for output in node.outputs]
             if rule.keeps_batch is not None:
                 axes, samples = Axes(None, rule.keeps_batch), Tile(NOTHING, self.batch)
-                cuts = [cuts_of(tuple(output.shape), axes, samples) for output in outputs]
-                given = [None if g is None else taken(g, cut) for g, cut in zip(given, cuts, strict=True)]
-                outputs = [taken(output, cut) for output, cut in zip(outputs, cuts, strict=True)]
+                given = [None if g is None else cut(g, axes, samples) for g in given]
+                outputs = [cut(output, axes, samples) for output in outputs]
             with torch.no_grad():
                 yield rule.inject(slab, tile.rows, outputs, given)

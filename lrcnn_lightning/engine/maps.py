@@ -9,16 +9,33 @@ from torch import Tensor
 
 from lrcnn_lightning.rules import Axes, Interval, Tile
 
-__all__ = ["Gradients", "cut", "write"]
+__all__ = ["Cuts", "Gradients", "cut", "cuts_of", "taken", "write"]
+
+
+Cuts = tuple[tuple[int, int, int], ...]
+"""Dimension, start and length of each narrowing that makes a part of a tensor."""
+
+
+def cuts_of(shape: tuple[int, ...], axes: Axes, tile: Tile) -> Cuts:
+    """The cuts that make the part of a full map that lies in ``tile``."""
+    cuts = []
+    if axes.batch is not None and tile.batch.length != shape[axes.batch]:
+        cuts.append((axes.batch, tile.batch.lo, tile.batch.length))
+    if axes.row is not None and tile.rows.length != shape[axes.row]:
+        cuts.append((axes.row, tile.rows.lo, tile.rows.length))
+    return tuple(cuts)
+
+
+def taken(tensor: Tensor, cuts: Cuts) -> Tensor:
+    """The view that the cuts make."""
+    for dimension, start, length in cuts:
+        tensor = tensor.narrow(dimension, start, length)
+    return tensor
 
 
 def cut(tensor: Tensor, axes: Axes, tile: Tile) -> Tensor:
     """The view of a full map that lies in ``tile``."""
-    if axes.batch is not None and tile.batch.length != tensor.shape[axes.batch]:
-        tensor = tensor.narrow(axes.batch, tile.batch.lo, tile.batch.length)
-    if axes.row is not None and tile.rows.length != tensor.shape[axes.row]:
-        tensor = tensor.narrow(axes.row, tile.rows.lo, tile.rows.length)
-    return tensor
+    return taken(tensor, cuts_of(tuple(tensor.shape), axes, tile))
 
 
 def _memory_format(slab: Tensor) -> torch.memory_format:

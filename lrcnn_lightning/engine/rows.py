@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrcnn_lightning.engine.maps import write
-from lrcnn_lightning.engine.slabs import Prepared, cuts_of, entered, taken
+from lrcnn_lightning.engine.maps import cut, taken, write
+from lrcnn_lightning.engine.slabs import Prepared, entered
 from lrcnn_lightning.graph import Context, Node, map_refs
 from lrcnn_lightning.plan.loop import Loop
-from lrcnn_lightning.rules import Reduction, Tile
+from lrcnn_lightning.rules import Interval, Reduction, RowGraph, Tile
 
 __all__ = ["Carries", "RowLoop", "run_node"]
 
@@ -97,7 +97,7 @@ class RowLoop:
 class _Reductions:
     """The running results of a loop's reductions, one a chunk of the batch."""
 
-    def __init__(self, graph: Any, loop: Loop, store: dict[int, Any]) -> None:
+    def __init__(self, graph: RowGraph, loop: Loop, store: dict[int, Any]) -> None:
         self.graph, self.loop, self.store = graph, loop, store
         self._readers: dict[int, list[int]] = {}
         for position in loop.reductions:
@@ -105,18 +105,18 @@ class _Reductions:
         self._from_border = [value for value in self._readers if value in loop.sources]
         self._states: dict[tuple[int, int], Any] = {}
 
-    def add_sources(self, owned: Mapping[int, Any], batch: Any, chunk: int) -> None:
+    def add_sources(self, owned: Mapping[int, Interval], batch: Interval, chunk: int) -> None:
         """Take in the rows that a row of the loop owns, of values that are read from their full maps."""
         for value in self._from_border:
             if not owned[value].empty:
                 tile = Tile(owned[value], batch)
-                cuts = cuts_of(self.graph.values[value].shape, self.graph.axes[value], tile)
-                self.add(value, taken(self.store[value], cuts), tile, chunk)
+                self.add(value, cut(self.store[value], self.graph.axes[value], tile), tile, chunk)
 
     def add(self, value: int, owned: Tensor, tile: Tile, chunk: int) -> None:
         """Take in rows of a value."""
         for position in self._readers.get(value, ()):
             rule = self.graph.rules[position]
+            assert isinstance(rule, Reduction)
             part = rule.partial(owned, tile.rows)
             before = self._states.get((position, chunk))
             self._states[position, chunk] = part if before is None else rule.merge(before, part)

@@ -16,41 +16,22 @@ A step then looks nothing up but tensors: a row of many operations costs little 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lrcnn_lightning.engine.maps import Cuts, cuts_of, taken
 from lrcnn_lightning.graph import Context, Ref, map_refs, references
 from lrcnn_lightning.plan.halos import Row
 from lrcnn_lightning.plan.loop import BackwardPass, Loop
-from lrcnn_lightning.rules import Axes, Interval, RowGraph, RowRule, Tile
+from lrcnn_lightning.rules import Interval, RowGraph, RowRule, Tile
 
-__all__ = ["Cuts", "Prepared", "SlabCall", "Target", "cuts_of", "entered", "taken"]
-
-Cuts = tuple[tuple[int, int, int], ...]
-"""Dimension, start and length of each narrowing that makes a part of a tensor."""
+__all__ = ["Prepared", "SlabCall", "Target", "entered"]
 
 _DEFAULT = Context()
 _SLAB, _STORE, _TAP = range(3)
-
-
-def cuts_of(shape: tuple[int, ...], axes: Axes, tile: Tile) -> Cuts:
-    """The cuts that make the part of a full map that lies in ``tile``."""
-    cuts = []
-    if axes.batch is not None and tile.batch.length != shape[axes.batch]:
-        cuts.append((axes.batch, tile.batch.lo, tile.batch.length))
-    if axes.row is not None and tile.rows.length != shape[axes.row]:
-        cuts.append((axes.row, tile.rows.lo, tile.rows.length))
-    return tuple(cuts)
-
-
-def taken(tensor: Tensor, cuts: Cuts) -> Tensor:
-    """The view that the cuts make."""
-    for dimension, start, length in cuts:
-        tensor = tensor.narrow(dimension, start, length)
-    return tensor
 
 
 @contextlib.contextmanager
@@ -73,10 +54,7 @@ class _Operand(NamedTuple):
     cuts: Cuts
 
     def fetch(self, tables: tuple[Mapping[int, Any], ...]) -> Any:
-        tensor = tables[self.table][self.value]
-        for dimension, start, length in self.cuts:
-            tensor = tensor.narrow(dimension, start, length)
-        return tensor
+        return taken(tables[self.table][self.value], self.cuts)
 
 
 class Target(NamedTuple):
@@ -106,6 +84,7 @@ class SlabCall:
         "_function",
         "_hollow",
         "_joins",
+        "_kwargs",
         "_nested",
         "_operands",
         "_outputs",
@@ -135,9 +114,10 @@ class SlabCall:
         self._outputs = node.outputs
         self._function: Callable[..., Any] | None = None
         self._hollow: Callable[..., Any] | None = None
-        self._arguments: list[Any] = []
+        self._arguments: Sequence[Any] = ()
+        self._kwargs = node.kwargs
         self._operands: tuple[tuple[int, _Operand], ...] = ()
-        self._nested: tuple[Any, Any, dict[int, _Operand]] | None = None
+        self._nested: dict[int, _Operand] | None = None
         if not span.computed.empty:
             self._prepare(graph, rule, span.computed, row, batch, made, tapped, hollow)
         joined = [graph.axes[value].row for value in node.outputs] if span.lo < span.new else []
@@ -193,13 +173,12 @@ class SlabCall:
             self._hollow = lambda args, kwargs: rule.hollow(args, kwargs, tile)
         nested = any(not isinstance(arg, Ref) and any(references(arg)) for arg in node.args)
         if not nested and not any(references(node.kwargs)):
-            self._arguments = list(node.args)
+            self._arguments = node.args
             self._operands = tuple(
                 (place, operands[arg.index]) for place, arg in enumerate(node.args) if isinstance(arg, Ref)
             )
-            self._nested = ((), node.kwargs, {}) if node.kwargs else None
         else:
-            self._nested = (node.args, node.kwargs, operands)
+            self._arguments, self._nested = node.args, operands
 
     @staticmethod
     def _lines(graph: RowGraph, value: int, start: int, length: int) -> Cuts:
@@ -250,15 +229,12 @@ class SlabCall:
 
     def _run(self, tables: tuple[Mapping[int, Any], ...]) -> tuple[Any, ...]:
         assert self._function is not None
-        args: Any = self._arguments.copy()
-        kwargs: dict[str, Any] = {}
+        args, kwargs = list(self._arguments), self._kwargs
         for place, operand in self._operands:
             args[place] = operand.fetch(tables)
-        if self._nested is not None:
-            nested, kwargs, operands = self._nested
-            if operands:
-                args = map_refs(nested, lambda ref: operands[ref.index].fetch(tables))
-                kwargs = map_refs(kwargs, lambda ref: operands[ref.index].fetch(tables))
+        nested = self._nested
+        if nested is not None:
+            args, kwargs = (map_refs(tree, lambda ref: nested[ref.index].fetch(tables)) for tree in (args, kwargs))
         result = None if self._hollow is None else self._hollow(args, kwargs)
         if result is None:
             result = self._function(args, kwargs)

@@ -243,14 +243,9 @@ class ProgramBuilder:
                 continue
             steps.extend(self._group(f"{self.name}.b{number}", group, forward_loops, used))
         reads = [reads_of(graph, step) for step in steps]
-        restored = [
-            index
-            for index in sorted(self.inside)
-            if self._made_by_rows(index)
-            and self.residencies[index].backward == "transient"
-            and index not in self.outputs
-        ]
-        at_hand = [v for v in (*self.inputs, *self.inside) if graph.is_map(v) and self._at_hand(v)]
+        transient = (v for v in sorted(self._by_rows) if self.residencies[v].backward == "transient")
+        restored = [value for value in transient if value not in self.outputs]
+        at_hand = [value for value in self._maps if self._at_hand(value)]
 
         def make(i: int, nodes: Sequence[int], sources: Collection[int], stored: Collection[int]) -> Loop:
             return self._loop(f"{self.name}.r{i}", nodes, sources, stored)

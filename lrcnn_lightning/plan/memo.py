@@ -7,9 +7,14 @@ and what they cost is simulated once.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lrcnn_lightning.plan.halos import Row
+
+if TYPE_CHECKING:
+    from lrcnn_lightning.plan.builder import ProgramBuilder
+    from lrcnn_lightning.plan.passage import Passages
+    from lrcnn_lightning.plan.program import SegmentProgram
 
 __all__ = ["Memo", "Passage"]
 
@@ -34,6 +39,6 @@ class Memo:
 
     rows: dict[Any, tuple[tuple[int, ...], tuple[Row, ...]]] = field(default_factory=dict)
     passages: dict[Any, Passage] = field(default_factory=dict)
-    simulated: Any = None
+    simulated: Passages | None = None
     """What simulates passages, and knows the price of every operation."""
-    segments: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
+    segments: dict[Any, tuple[ProgramBuilder, SegmentProgram]] = field(default_factory=dict)

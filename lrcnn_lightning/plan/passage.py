@@ -52,12 +52,9 @@ class Passages:
                                 size = bytes_of(self.graph, value, after.new - after.lo, samples)
                                 memory.allocate(key, size * times * alike if key[0] == "keep" else size)
                         if stored and value in loop.stored:
-                            full = graph.values[value].bytes
-                            if len(loop.rows) * len(loop.chunks) > 1 or ("slab", value) not in memory:
-                                memory.allocate(("map", value), full)
-                            else:
-                                memory.free(("slab", value))
-                                memory.allocate(("map", value), full)
+                            if len(loop.rows) * len(loop.chunks) == 1:
+                                memory.free(("slab", value))  # which is the map
+                            memory.allocate(("map", value), graph.values[value].bytes)
                     for value in (*node.inputs, *node.outputs):
                         if value in node.inputs:
                             waiting[value] -= node.inputs.count(value)

@@ -50,7 +50,10 @@ class Restores:
 
     def in_one_sweep(self) -> list[Step]:
         """All before the first step."""
-        return self._before(0, self.restored, self.at_hand) + list(self.steps)
+        if not self.restored:
+            return list(self.steps)
+        nodes, sources = closure(self.graph, self.restored, self.at_hand)
+        return [RunRows(self.make(0, nodes, sources, self.restored)), *self.steps]
 
     def on_demand(self, room: Sequence[int] | None = None) -> list[Step]:
         """Each before the first step that reads it, or earlier where there is ``room`` (bytes, at each step)."""
@@ -61,19 +64,18 @@ class Restores:
             due = [value for value in self.restored if self.first[value] == i and value not in stored]
             if due:
                 available = {*self.at_hand, *(value for value in stored if self.last[value] >= i)}
-                due += self._early(i, due, available, stored, left)
+                nodes, sources = closure(self.graph, due, available)
                 stored.update(due)
-                result += self._before(i, due, available)
+                early = self._early(i, nodes, stored, left)
+                stored.update(early)
+                result.append(RunRows(self.make(i, nodes, sources, due + early)))
             result.append(step)
         return result
 
-    def _early(
-        self, i: int, due: Sequence[int], available: Collection[int], stored: Collection[int], left: list[int]
-    ) -> list[int]:
-        """What the loop before step ``i`` stores beside what is due; takes it from what room is ``left``."""
-        nodes, _ = closure(self.graph, due, available)
+    def _early(self, i: int, nodes: Sequence[int], stored: Collection[int], left: list[int]) -> list[int]:
+        """What the loop of ``nodes`` before step ``i`` stores beside what is due; takes it from the room ``left``."""
         made = {output for position in nodes for output in self.graph.nodes[position].outputs}
-        passed = [value for value in self.restored if value in made and value not in due and value not in stored]
+        passed = [value for value in self.restored if value in made and value not in stored]
         self.passes = self.passes or bool(passed)
         early = []
         for value in sorted(passed, key=lambda value: self.first[value]):
@@ -83,9 +85,3 @@ class Restores:
                 for k in until:
                     left[k] -= size
         return early
-
-    def _before(self, i: int, due: Sequence[int], available: Collection[int]) -> list[Step]:
-        if not due:
-            return []
-        nodes, sources = closure(self.graph, due, available)
-        return [RunRows(self.make(i, nodes, sources, due))]

@@ -4,8 +4,8 @@ Only at one step of a plan is as much alive as at its peak. At the others there 
 
     bytes  |              _peak_____________________________________
            |            __|  |__            room
-           |         __/        \\__   ____
-           |______ _/               \\_/    \\____________
+           |         __/        \__   ____
+           |______ _/               \_/    \____________
                 forward               backward            time
 
 Two things are done with it. What is computed on the way to a map that is restored stays for when it is due (`restore`),
@@ -87,27 +87,25 @@ def _fewer_rows(plan: Plan) -> dict[str, int]:
     Tried are the fewest rows that the peak allows and, where large results cost more, the fewest with slabs that are
     not large. Each loop takes what is best for it.
     """
-    seconds, rows = _seconds(plan)
+    seconds = _seconds(plan)
     best: dict[str, int] = {}
     for limit in dict.fromkeys((math.inf, plan.machine.large_bytes)):
         fewest = _fewest_rows(plan, limit)
         if not fewest:
             break
-        trial, _ = _seconds(_divided(plan, fewest))
+        trial = _seconds(_divided(plan, fewest))
         for name, count in fewest.items():
             if trial[name] < seconds[name]:
                 seconds[name], best[name] = trial[name], count
-    return {name: count for name, count in best.items() if count < rows[name]}
+    return best
 
 
-def _seconds(plan: Plan) -> tuple[dict[str, float], dict[str, int]]:
-    """How long the loops of each name take, and their rows."""
+def _seconds(plan: Plan) -> dict[str, float]:
+    """How long the loops of each name take."""
     seconds: dict[str, float] = {}
-    rows: dict[str, int] = {}
     for cost in plan.cost.loops:
         seconds[cost.loop.name] = seconds.get(cost.loop.name, 0.0) + cost.seconds
-        rows[cost.loop.name] = len(cost.loop.rows)
-    return seconds, rows
+    return seconds
 
 
 def _fewest_rows(plan: Plan, limit: float) -> dict[str, int]:

@@ -131,14 +131,12 @@ class Convolution(RowRule):
     def prepare(self, tile: Tile) -> Callable[[Sequence[Any], dict[str, Any]], Any]:
         operation = (torch.conv1d, torch.conv2d, torch.conv3d)[len(self.stride) - 1]
         explicit, skipped, rest = self._placed(tile)
-        axis, length = self.axis, tile.rows.length
 
         def call(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
             slab, weight, bias = _operands(args, kwargs)
             for padded in explicit:
                 slab = pad_rows(slab, *padded)
-            result = operation(slab, weight, bias, *rest)
-            return result if result.shape[axis] == length else result.narrow(axis, skipped, length)
+            return _wanted(operation(slab, weight, bias, *rest), self.axis, skipped, tile)
 
         return call
 
