@@ -79,6 +79,7 @@ class ProgramBuilder:
         self._maps = {index for index in (*self.inputs, *inside) if graph.is_map(index)}
         self._forward_draft: tuple[list[Step], list[Loop]] | None = None
         self._draft: tuple[Restores, dict[str, set[int]]] | None = None
+        self._with_room: dict[tuple[int, ...], SegmentProgram] = {}
 
     # ---------------------------------------------------------------- forward
 
@@ -105,6 +106,14 @@ class ProgramBuilder:
         at_hand = {*self.inputs, *(i for i in self.inside if self._at_hand(i))}
         kept = tuple(sorted(at_hand & needed))
         return self._program(forward, self._with_backward_frees(steps), kept, frozenset(self.differentiable))
+
+    def with_room(self, room: Sequence[int]) -> SegmentProgram:
+        """The program of a training step, with maps restored early as far as there is ``room`` (see `build`)."""
+        most = sum(self.graph.values[value].bytes for value in self._by_rows)
+        key = tuple(min(left, most) for left in room)
+        if key not in self._with_room:
+            self._with_room[key] = self.build(training=True, room=key)
+        return self._with_room[key]
 
     @property
     def restores_twice(self) -> bool:

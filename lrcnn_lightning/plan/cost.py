@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from lrcnn_lightning.plan.loop import BackwardPass, Loop
 from lrcnn_lightning.plan.machine import CPU, Machine
-from lrcnn_lightning.plan.memo import Memo, Passage
+from lrcnn_lightning.plan.memo import LoopCost, Memo, Passage
 from lrcnn_lightning.plan.memory import Memory
 from lrcnn_lightning.plan.passage import Passages
 from lrcnn_lightning.plan.program import (
@@ -33,17 +33,6 @@ from lrcnn_lightning.rules import RowGraph
 __all__ = ["Cost", "program_cost"]
 
 
-class LoopCost(NamedTuple):
-    """What one run of a loop takes: ``fixed_bytes`` are there before, or are full maps that it makes, and
-    ``slab_bytes`` come on top at its peak; and how long it takes.
-    """
-
-    loop: Loop
-    fixed_bytes: int
-    slab_bytes: int
-    seconds: float
-
-
 @dataclass(frozen=True)
 class Cost:
     """``peak_bytes`` of activation memory, and ``seconds`` of nominal time, of one training step."""
@@ -54,7 +43,7 @@ class Cost:
     """Live bytes of activation memory after each allocation of the step."""
     peak_segment: int = 0
     """The number of the segment that is run, forward or backward, when the peak is reached."""
-    backward_peaks: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+    step_peaks: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
     """Per segment, by its name: the peak during each step of its backward pass, in bytes. Loops that restore maps are
     part of the step that follows them."""
     loops: tuple[LoopCost, ...] = field(default=(), repr=False, compare=False)
@@ -81,10 +70,47 @@ class _Simulation:
         self.memory = self.passages.memory = memory or Memory()
         self.memo = memo
         self.seconds = 0.0
-        self.backward_peaks: dict[str, tuple[int, ...]] = {}
+        self.step_peaks: list[int] = []
+        """The peak during each step of the backward pass of a segment, in bytes."""
         self.loops: list[LoopCost] = []
 
-    def _passage(
+    def _once(
+        self, key: tuple[Any, ...], given: dict[tuple[Any, ...], int], run: Callable[[], None], name: str | None = None
+    ) -> tuple[Passage, int]:
+        """Run something once in a memory of its own, and let every run with the same ``key`` have the same effect.
+
+        ``given``: what is in memory before, of that which it looks at or frees. Among keys of memory ``name`` stands
+        for the loop of which they are, and may be another in each run. Also returned are the bytes that are there and
+        were not given.
+        """
+        assert self.memo is not None
+        memory = self.memory
+        key = (*key, tuple((k[2:] if k[1] == name else k, size) for k, size in given.items()))
+        found = self.memo.passages.get(key)
+        if found is None:
+            outside = self.seconds, self.loops, self.step_peaks
+            self.memory = self.passages.memory = Memory()
+            self.seconds, self.loops, self.step_peaks = 0.0, [], []
+            for k, size in given.items():
+                self.memory.allocate(k, size)
+            run()
+            left = tuple(self.memory.entries())
+            found = Passage(self.memory.peak, self.seconds, left, name, tuple(self.loops), tuple(self.step_peaks))
+            self.memo.passages[key] = found
+            self.memory = self.passages.memory = memory
+            self.seconds, self.loops, self.step_peaks = outside
+        rest = memory.live - sum(given.values())
+        memory.touch(found.peak_bytes - sum(given.values()))
+        after = {(k[0], name, *k[2:]) if k[1] == found.name else k: size for k, size in found.left}
+        for k in given:
+            if k not in after:
+                memory.free(k)
+        for k, size in after.items():
+            memory.allocate(k, size)
+        self.seconds += found.seconds
+        return found, rest
+
+    def _loop(
         self,
         loop: Loop,
         parts: tuple[Any, ...],
@@ -92,46 +118,59 @@ class _Simulation:
         given: dict[tuple[Any, ...], int],
         run: Callable[[], None],
     ) -> None:
-        """Simulate a loop, or take over what is known of one that is alike but for its ``name``.
+        """Simulate a loop, or take over what is known of one that is alike but for its ``name``."""
 
-        ``given``: what is in memory before, of that which the loop itself looks at or frees.
-        """
-        passages, memory = self.passages, self.memory
+        def simulate() -> None:
+            self.passages.seconds = 0.0
+            run()
+            self.seconds += self.passages.seconds
+
         if self.memo is None:
-            passages.seconds = 0.0
-            run()
-            self.seconds += passages.seconds
+            simulate()
             return
-        key = (
-            id(loop.rows),
-            loop.chunks,
-            *parts,
-            tuple((k[2:] if k[1] == name else k, size) for k, size in given.items()),
-        )
-        found = self.memo.passages.get(key)
-        if found is None:
-            passages.memory, passages.seconds = Memory(), 0.0
-            for k, size in given.items():
-                passages.memory.allocate(k, size)
-            run()
-            found = Passage(passages.memory.peak, passages.seconds, tuple(passages.memory.entries()), name)
-            passages.memory = memory
-            self.memo.passages[key] = found
-        own = found.peak_bytes - sum(given.values())
-        memory.touch(own)
-        left = {(k[0], name, *k[2:]) if k[1] == found.name else k: size for k, size in found.left}
-        for k in given:
-            if k not in left:
-                memory.free(k)
-        before = memory.live
-        for k, size in left.items():
-            memory.allocate(k, size)
-        self.loops.append(LoopCost(loop, memory.live, own - (memory.live - before), found.seconds))
-        self.seconds += found.seconds
+        before = self.memory.live
+        found, _ = self._once((id(loop.rows), loop.chunks, *parts), given, simulate, name)
+        own, left = found.peak_bytes - sum(given.values()), self.memory.live
+        self.loops.append(LoopCost(loop, left, own - (left - before), found.seconds))
+
+    def run_forward(self, segment: SegmentProgram) -> None:
+        """Simulate the forward pass of a segment."""
+        if segment.plain:
+            for position in segment.nodes:
+                self._whole(position)
+        elif self.memo is None:
+            self._forward(segment)
+        else:
+            found, rest = self._once((segment, "forward"), {}, lambda: self._forward(segment))
+            self.loops += [cost._replace(fixed_bytes=cost.fixed_bytes + rest) for cost in found.loops]
+
+    def run_backward(self, segment: SegmentProgram, kept_before: Collection[int]) -> tuple[int, ...]:
+        """Simulate the backward pass of a segment: the peak during each step of it, in bytes.
+
+        ``kept_before``: what earlier segments keep for their own backward pass, which comes later.
+        """
+        graph, memory = self.graph, self.memory
+        if segment.plain:
+            for position in reversed(segment.nodes):
+                self._backward_whole(position)
+                for output in graph.nodes[position].outputs:
+                    memory.free(("map", output))
+                    memory.free(("gradient", output))
+            return ()
+        if self.memo is None:
+            self.step_peaks = []
+            self._backward(segment, kept_before)
+            return tuple(self.step_peaks)
+        seen = {*segment.inputs, *(o for p in segment.nodes for o in graph.nodes[p].outputs)}
+        given = {**memory.of("map", seen), **memory.of("gradient", seen), **memory.within("keep", segment.name)}
+        kept = frozenset(kept_before).intersection((*segment.kept, *segment.outputs))
+        found, rest = self._once((segment, kept), given, lambda: self._backward(segment, kept))
+        self.loops += [cost._replace(fixed_bytes=cost.fixed_bytes + rest) for cost in found.loops]
+        return tuple(peak + rest for peak in found.step_peaks)
 
     # ---------------------------------------------------------------- forward
 
-    def forward(self, segment: SegmentProgram) -> None:
+    def _forward(self, segment: SegmentProgram) -> None:
         for step in segment.forward:
             if isinstance(step, RunRows):
                 self._rows(step.loop, step.kept_carries, stored=True)
@@ -148,7 +187,7 @@ class _Simulation:
     def _rows(self, loop: Loop, kept_carries: frozenset[int], stored: bool) -> None:
         parts = (loop.stored, loop.reductions, kept_carries, stored)
         given = {k: 0 for v in loop.stored if (k := ("map", v)) in self.memory}
-        self._passage(loop, parts, loop.name, given, lambda: self.passages.rows(loop, kept_carries, stored))
+        self._loop(loop, parts, loop.name, given, lambda: self.passages.rows(loop, kept_carries, stored))
 
     def _backward_rows(self, run: BackwardPass, dropped: str | None) -> None:
         loop = run.loop
@@ -164,14 +203,10 @@ class _Simulation:
         given = {k: 0 for v in (*run.maps, *run.wholes) if (k := ("gradient", v)) in self.memory}
         if dropped is not None:
             given.update(self.memory.matching("keep", (dropped,)))
-        self._passage(
-            loop, (*parts, dropped is None), dropped, given, lambda: self.passages.backward_rows(run, dropped)
-        )
+        self._loop(loop, (*parts, dropped is None), dropped, given, lambda: self.passages.backward_rows(run, dropped))
 
-    def backward(self, segment: SegmentProgram, kept_before: Collection[int]) -> None:
-        """``kept_before``: what earlier segments keep for their own backward pass, which comes later."""
+    def _backward(self, segment: SegmentProgram, kept_before: Collection[int]) -> None:
         memory = self.memory
-        peaks: list[int] = []
         memory.mark()
         for step in segment.backward:
             if isinstance(step, BackwardRows):
@@ -188,8 +223,7 @@ class _Simulation:
             elif isinstance(step, FreeGradient) and step.value not in segment.outputs:
                 memory.free(("gradient", step.value))
             if isinstance(step, (BackwardRows, BackwardWhole, Sweep)):
-                peaks.append(memory.mark())
-        self.backward_peaks[segment.name] = tuple(peaks)
+                self.step_peaks.append(memory.mark())
         for index in (*segment.kept, *segment.outputs):
             if index not in kept_before:
                 memory.free(("map", index))
@@ -223,13 +257,10 @@ def program_cost(
     simulation = _Simulation(graph, differentiable, machine, memory, memo)
     memory = simulation.memory
     peaks: dict[int, int] = {}  # peak so far -> the segment that was run when it was reached
+    step_peaks: dict[str, tuple[int, ...]] = {}
     for number, segment in enumerate(segments):
         peaks.setdefault(memory.peak, number - 1)
-        if segment.plain:
-            for position in segment.nodes:
-                simulation._whole(position)
-        else:
-            simulation.forward(segment)
+        simulation.run_forward(segment)
         if not differentiable:
             for index in segment.inputs:
                 if last_reader.get(index) == number:
@@ -237,19 +268,13 @@ def program_cost(
     if differentiable:
         for number, segment in reversed(list(enumerate(segments))):
             peaks.setdefault(memory.peak, min(number + 1, len(segments) - 1))
-            if segment.plain:
-                for position in reversed(segment.nodes):
-                    simulation._backward_whole(position)
-                    for output in graph.nodes[position].outputs:
-                        memory.free(("map", output))
-                        memory.free(("gradient", output))
-            else:
-                simulation.backward(segment, {index for earlier in segments[:number] for index in earlier.kept})
+            kept_before = {index for earlier in segments[:number] for index in earlier.kept}
+            step_peaks[segment.name] = simulation.run_backward(segment, kept_before)
     return Cost(
         memory.peak,
         simulation.seconds,
         tuple(memory.timeline),
         peaks.get(memory.peak, 0),
-        simulation.backward_peaks,
+        step_peaks,
         tuple(simulation.loops),
     )

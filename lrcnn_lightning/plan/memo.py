@@ -1,7 +1,7 @@
 """What the plans of one graph have in common, remembered while many of them are tried.
 
-Plans that differ in one segment, or in what is kept of one map, have most loops in common: their rows are found once,
-and what they cost is simulated once.
+Plans that differ in one segment have the others in common, and those that differ in what is kept of one map have most
+loops in common. Segments are built once, the rows of a loop are found once, and what each costs is simulated once.
 """
 
 from __future__ import annotations
@@ -13,14 +13,27 @@ from lrcnn_lightning.plan.halos import Row
 
 if TYPE_CHECKING:
     from lrcnn_lightning.plan.builder import ProgramBuilder
+    from lrcnn_lightning.plan.loop import Loop
     from lrcnn_lightning.plan.passage import Passages
     from lrcnn_lightning.plan.program import SegmentProgram
 
-__all__ = ["Memo", "Passage"]
+__all__ = ["LoopCost", "Memo", "Passage"]
+
+
+class LoopCost(NamedTuple):
+    """What one run of a loop takes: ``fixed_bytes`` are there before, or are full maps that it makes, and
+    ``slab_bytes`` come on top at its peak; and how long it takes.
+    """
+
+    loop: Loop
+    fixed_bytes: int
+    slab_bytes: int
+    seconds: float
 
 
 class Passage(NamedTuple):
-    """What running a loop once costs: bytes at its peak, seconds, and what it leaves in memory (key, bytes).
+    """What running a loop, or one direction of a segment, costs: bytes at its peak, seconds, and what it leaves in
+    memory (key, bytes).
 
     ``name`` is that of the loop, by which its carries are known.
     """
@@ -28,12 +41,16 @@ class Passage(NamedTuple):
     peak_bytes: int
     seconds: float
     left: tuple[tuple[tuple[Any, ...], int], ...]
-    name: str | None
+    name: str | None = None
+    loops: tuple[LoopCost, ...] = ()
+    """Of a segment: what its loops cost."""
+    step_peaks: tuple[int, ...] = ()
+    """Of a segment's backward pass: the peak during each step, in bytes."""
 
 
 @dataclass
 class Memo:
-    """Rows of loops by their nodes, targets, cuts and carries; passages by their rows and what else matters; segments
+    """Rows of loops by their nodes, targets, cuts and carries; passages by what is run and what else matters; segments
     (builder and program) by their nodes and what is chosen for them.
     """
 
@@ -42,3 +59,5 @@ class Memo:
     simulated: Passages | None = None
     """What simulates passages, and knows the price of every operation."""
     segments: dict[Any, tuple[ProgramBuilder, SegmentProgram]] = field(default_factory=dict)
+    divided: dict[Any, SegmentProgram] = field(default_factory=dict)
+    """Segments with other numbers of rows, by what they were and the rows of their loops."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 __all__ = ["Memory", "PeakMemory"]
@@ -46,20 +47,26 @@ class Memory:
 
     def free_all(self, name: str, first: str | None = None) -> None:
         """Drop a family, or its keys whose second entry is ``first`` or begins with ``first`` and a dot."""
-        family = self._families.get(name, {})
-        chosen = [k for k in family if first is None or k[1] == first or k[1].startswith(f"{first}.")]
-        for key in chosen:
-            self.live -= family.pop(key)
+        for key in list(self.within(name, first)):
+            self.live -= self._families[name].pop(key)
 
     def free_matching(self, name: str, entries: tuple[Any, ...]) -> None:
         """Drop the keys of a family that go on with ``entries``."""
+        for key in self.matching(name, entries):
+            self.live -= self._families[name].pop(key)
+
+    def within(self, name: str, first: str | None = None) -> dict[tuple[Any, ...], int]:
+        """A family, or its keys whose second entry is ``first`` or begins with ``first`` and a dot, and their bytes."""
         family = self._families.get(name, {})
-        for key in [k for k in family if k[1 : 1 + len(entries)] == entries]:
-            self.live -= family.pop(key)
+        return {k: n for k, n in family.items() if first is None or k[1] == first or k[1].startswith(f"{first}.")}
 
     def matching(self, name: str, entries: tuple[Any, ...]) -> dict[tuple[Any, ...], int]:
         """The keys of a family that go on with ``entries``, and their bytes."""
-        return {k: size for k, size in self._families.get(name, {}).items() if k[1 : 1 + len(entries)] == entries}
+        return {k: n for k, n in self._families.get(name, {}).items() if k[1 : 1 + len(entries)] == entries}
+
+    def of(self, name: str, values: Collection[int]) -> dict[tuple[Any, ...], int]:
+        """The keys of a family that go on with one of the ``values``, and their bytes."""
+        return {k: n for k, n in self._families.get(name, {}).items() if k[1] in values}
 
     def entries(self) -> list[tuple[tuple[Any, ...], int]]:
         """Everything that is live, and its bytes."""

@@ -90,7 +90,7 @@ class BackwardWhole:
 Step = RunRows | RunWhole | Effect | Sweep | BackwardRows | BackwardWhole | Free | FreeGradient
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SegmentProgram:
     """One segment.
 

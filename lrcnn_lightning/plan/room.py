@@ -15,13 +15,15 @@ and loops are divided into fewer rows: every row costs the calls of its operatio
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lrcnn_lightning.plan.builder import ProgramBuilder
 from lrcnn_lightning.plan.loop import Loop, redivide
-from lrcnn_lightning.plan.program import BackwardRows, RunRows, Step, Sweep
+from lrcnn_lightning.plan.memo import Memo
+from lrcnn_lightning.plan.program import BackwardRows, RunRows, SegmentProgram, Step, Sweep
+from lrcnn_lightning.rules import RowGraph
 
 if TYPE_CHECKING:
     from lrcnn_lightning.plan.plan import Plan
@@ -34,37 +36,48 @@ _MARGIN = 1.1
 
 def with_room(plan: Plan, builders: Mapping[int, ProgramBuilder]) -> Plan:
     """The plan made to use the room below its peak; ``builders`` are those of its segments, by their numbers."""
-    rooms: dict[int, list[int]] = {}
+    segments = list(plan.segments)
     if plan.training:
         for number, builder in builders.items():
             if builder.on_demand and builder.restores_twice:
-                rooms[number] = [plan.peak_bytes - peak for peak in plan.cost.backward_peaks[builder.name]]
-    if rooms:
-        segments = list(plan.segments)
-        for number, room in rooms.items():
-            segments[number] = builders[number].build(training=True, room=room)
-        plan = _better(plan, replace(plan, segments=tuple(segments)))
+                room = [plan.peak_bytes - peak for peak in plan.cost.step_peaks[builder.name]]
+                segments[number] = builder.with_room(room)
+        plan = _better(plan, segments)
     if plan.choices.rows_where_needed:
         fewer = _fewer_rows(plan)
         if fewer:
-            plan = _better(plan, _divided(plan, fewer))
+            plan = _better(plan, _divided(plan, fewer).segments)
     return plan
 
 
-def _better(plan: Plan, other: Plan) -> Plan:
-    """The other plan, if it has less work and no higher peak."""
+def _better(plan: Plan, segments: Sequence[SegmentProgram]) -> Plan:
+    """The plan with other segments, if it has less work and no higher peak then."""
+    if tuple(segments) == plan.segments:
+        return plan
+    other = replace(plan, segments=tuple(segments))
     return other if other.peak_bytes <= plan.peak_bytes and other.cost.seconds < plan.cost.seconds else plan
 
 
 def _divided(plan: Plan, rows: Mapping[str, int]) -> Plan:
     """The plan with some loops, by their names, in so many rows."""
+    assert plan.memo is not None
+    memo, segments = plan.memo, []
+    for segment in plan.segments:
+        own = tuple((name, rows[name]) for name in dict.fromkeys(loop.name for loop in segment.loops()) if name in rows)
+        if own and (segment, own) not in memo.divided:
+            memo.divided[segment, own] = _redivided(plan.graph, segment, dict(own), memo)
+        segments.append(memo.divided[segment, own] if own else segment)
+    return replace(plan, segments=tuple(segments))
+
+
+def _redivided(graph: RowGraph, segment: SegmentProgram, rows: Mapping[str, int], memo: Memo) -> SegmentProgram:
     made: dict[str, Loop] = {}
 
     def divided(loop: Loop) -> Loop:
         if loop.name not in rows:
             return loop
         if loop.name not in made:
-            made[loop.name] = redivide(plan.graph, loop, rows[loop.name], plan.memo)
+            made[loop.name] = redivide(graph, loop, rows[loop.name], memo)
         return made[loop.name]
 
     def changed(step: Step) -> Step:
@@ -74,11 +87,9 @@ def _divided(plan: Plan, rows: Mapping[str, int]) -> Plan:
             return replace(step, run=replace(step.run, loop=divided(step.run.loop)))
         return step
 
-    segments = (
-        replace(s, forward=tuple(map(changed, s.forward)), backward=tuple(map(changed, s.backward)))
-        for s in plan.segments
+    return replace(
+        segment, forward=tuple(map(changed, segment.forward)), backward=tuple(map(changed, segment.backward))
     )
-    return replace(plan, segments=tuple(segments))
 
 
 def _fewer_rows(plan: Plan) -> dict[str, int]:

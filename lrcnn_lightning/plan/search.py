@@ -35,6 +35,9 @@ _SHARE_OF_FREE = 0.8
 _MOST_ROWS = 64
 _SMALL = 250
 """Nodes of a graph for which a whole grid of plans is tried in seconds."""
+_LEVELS = 32
+"""Barriers of a segment from which on plans that restore single maps are tried only when nothing else fits: the way to a
+map is walked again and again, which takes many times plain PyTorch's time (and it takes long to price it)."""
 _REFINEMENTS = 400
 _REFINED_NODES = 50_000
 """Plans that are tried at most when the best one is refined, and nodes that these have together."""
@@ -99,6 +102,7 @@ def search_plans(
         search.vary(options)
     if budget is not None:
         search.vary(_grid(graph, config, height, training))
+        search.try_dismissed()
     search.refine(_Moves(graph, config, search.best))
     assert search.best is not None
     if tried is not None:
@@ -122,7 +126,9 @@ class _Search:
         self.graph, self.leaves, self.training = graph, leaves, training
         self.budget, self.max_overhead = budget, max_overhead
         self.tried: dict[Choices, tuple[int, float]] = {}
+        self.dismissed: list[Choices] = []
         self.best: Plan | None = None
+        self.barriers = sum(role is Role.REDUCE for role in graph.roles) if training else 0
         self.plain_seconds = plain_plan(graph, leaves, training, machine).cost.seconds
 
     def refine(self, moves: _Moves) -> None:
@@ -223,6 +229,19 @@ class _Search:
         base = Choices() if self.best is None else self.best.choices
         for values in itertools.product(*options.values()):
             choices = replace(base, **dict(zip(options, values, strict=True)))
+            if choices in self.tried:
+                continue
+            levels = self.barriers / choices.segments
+            if choices.keeping != "borders" and levels > _LEVELS and len(options.get("segments", ())) > 1:
+                self.dismissed.append(choices)
+            else:
+                self._try(choices)
+
+    def try_dismissed(self) -> None:
+        """Try what seemed to take too long, while nothing fits."""
+        for choices in self.dismissed:
+            if self.best is not None and not self._exceeds(*self.tried[self.best.choices]):
+                break
             if choices not in self.tried:
                 self._try(choices)
 

@@ -45,11 +45,11 @@ class RowGraph:
     axes: dict[int, Axes]
     batch_splits: bool
 
-    @property
+    @cached_property
     def values(self) -> tuple[Value, ...]:
         return self.graph.values
 
-    @property
+    @cached_property
     def nodes(self) -> tuple[Node, ...]:
         return self.graph.nodes
 
@@ -70,13 +70,11 @@ class RowGraph:
 
     def height(self, value: int) -> int:
         """The number of rows of a value; 0 for a whole value."""
-        row = self.axes.get(value, WHOLE).row
-        return 0 if row is None else self.values[value].shape[row]
+        return self._heights[value]
 
     def samples(self, value: int) -> int:
         """The size of the batch axis of a value; 0 if it has none."""
-        batch = self.axes.get(value, WHOLE).batch
-        return 0 if batch is None else self.values[value].shape[batch]
+        return self._samples[value]
 
     @property
     def input_height(self) -> int:
@@ -91,6 +89,16 @@ class RowGraph:
     def is_map(self, value: int) -> bool:
         """Whether the value has a row axis."""
         return value in self._maps
+
+    @cached_property
+    def _heights(self) -> list[int]:
+        rows = [self.axes.get(value.index, WHOLE).row for value in self.values]
+        return [0 if row is None else value.shape[row] for value, row in zip(self.values, rows, strict=True)]
+
+    @cached_property
+    def _samples(self) -> list[int]:
+        batches = [self.axes.get(value.index, WHOLE).batch for value in self.values]
+        return [0 if batch is None else value.shape[batch] for value, batch in zip(self.values, batches, strict=True)]
 
     @cached_property
     def _maps(self) -> frozenset[int]:
