@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lrcnn_lightning.config import RowConfig
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
 from lrcnn_lightning.errors import CaptureError, ConfigError, InputError, RowwiseError
-from lrcnn_lightning.graph import capture, own_error, processes, take_apart, under_autocast
+from lrcnn_lightning.graph import Guard, capture, own_error, processes, take_apart, under_autocast
 from lrcnn_lightning.messages import inner_hooks
 from lrcnn_lightning.plan.frontier import Frontier, find_frontier
 from lrcnn_lightning.plan.machine import Machine
@@ -37,6 +37,8 @@ ModuleType = TypeVar("ModuleType", bound=nn.Module)
 _CACHED = 16
 """Graphs and plans remembered a module: multi-scale training has a handful of shapes; more are captured again."""
 
+_CAPTURES = 4
+"""Graphs for alike calls after which something must change with every call."""
 _NAMED = 5
 """Modules that a warning names at most; a profiler puts a hook on every one."""
 
@@ -48,8 +50,9 @@ def _warn(text: str) -> None:
 class RowwiseForward:
     """Stands in for a module's ``forward``.
 
-    Graphs are remembered by what capture depends on (shapes, dtypes, device, the train/eval state of every submodule,
-    Python arguments), plans by that and by which parameters and inputs require a gradient.
+    Graphs are remembered by what they depend on (shapes, dtypes, devices, Python arguments, the module's parts, and
+    guards for whatever its code read of Python), plans by their graph and by which parameters and inputs require a
+    gradient.
     """
 
     def __init__(
@@ -71,7 +74,8 @@ class RowwiseForward:
         """The plan of the latest call."""
         self.training_plan: Plan | None = None
         """The plan of the latest call with a backward pass."""
-        self._graphs: OrderedDict[Any, RowGraph] = OrderedDict()
+        self._graphs: list[tuple[Any, RowGraph]] = []
+        """With what each depends on, the latest used last."""
         self._plans: OrderedDict[Any, Execution] = OrderedDict()
         self._unsupported: Callable[[RowwiseForward, CaptureError, Callable[[], Any]], Any] | None = unsupported
         self._runs_plain = False
@@ -83,7 +87,7 @@ class RowwiseForward:
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry no plans: they are made again when needed."""
         state = self.__dict__.copy()
-        state.update(plan=None, training_plan=None, _graphs=OrderedDict(), _plans=OrderedDict(), _unsupported=None)
+        state.update(plan=None, training_plan=None, _graphs=[], _plans=OrderedDict(), _unsupported=None)
         state.update(notify=_warn, observe=None)
         return state
 
@@ -139,10 +143,10 @@ class RowwiseForward:
         return "name smaller modules in `modules`" if self.name else "call rowwise() on smaller modules"
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Execution, list[Any]]:
-        inputs, key, graph = self._captured(args, kwargs)
+        inputs, graph = self._captured(args, kwargs)
         grad = torch.is_grad_enabled()
         leaves = requires_grad_leaves(graph.graph, self.module, inputs) if grad else frozenset()
-        plan_key = (key, leaves, grad)
+        plan_key = (graph, leaves, grad)
         chosen = self._plans.get(plan_key)
         if chosen is None:
             training, device = grad and bool(leaves), _device(inputs)
@@ -173,25 +177,41 @@ class RowwiseForward:
                 f"{self._smaller_for_hooks()}"
             )
 
-    def _captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any, RowGraph]:
-        """The leaves of the arguments, what the graph depends on, and the graph."""
+    def _captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], RowGraph]:
+        """The leaves of the arguments, and the graph that serves a call with them."""
         inputs, structure = take_apart((args, kwargs))
-        state = tuple((type(child), *_settings(child, child is self.module)) for child in self.module.modules())
-        autocast = under_autocast(_device(inputs))
-        key = (structure, tuple(_metadata(leaf) for leaf in inputs), state, autocast, processes())
-        graph = self._graphs.get(key)
-        if graph is None:
-            with _put_back(self.module, self.previous):
-                captured = capture(self.module, args, kwargs)
-            graph = _remember(self._graphs, key, lower(captured, self.config.axis))
-        self._graphs.move_to_end(key)
-        return inputs, key, graph
+        shapes = tuple(_metadata(leaf) for leaf in inputs)
+        key = (structure, shapes, under_autocast(_device(inputs)), processes(), *_parts(self.module))
+        known = [graph for of, graph in self._graphs if of == key]
+        broken = None
+        for graph in known:
+            broken = graph.graph.guards.broken()
+            if broken is None:
+                self._graphs.remove((key, graph))
+                self._graphs.append((key, graph))
+                return inputs, graph
+        self._warn_of_captures(len(known), broken)
+        with _put_back(self.module, self.previous):
+            captured = capture(self.module, args, kwargs)
+        graph = lower(captured, self.config.axis)
+        self._graphs = [*self._graphs[1 - _CACHED :], (key, graph)]
+        return inputs, graph
+
+    def _warn_of_captures(self, count: int, broken: Guard | None) -> None:
+        """Say once that calls that are alike are captured over and over, and why."""
+        if count == _CAPTURES and broken is not None and "captures" not in self._said:
+            self._said.add("captures")
+            self.notify(
+                f"{self._where()}: its forward reads {broken.name!r} of {type(broken.module).__name__}, which has "
+                f"another value at every call (now {getattr(broken.module, broken.name, None)!r}); each is captured "
+                "and planned anew, which takes seconds. Make it a tensor: a buffer, or an argument"
+            )
 
     def situation(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[RowGraph, frozenset[int], bool, torch.device]:
         """What a plan for a training call is made from: graph, values with a gradient, whether any, device."""
-        inputs, _, graph = self._captured(args, kwargs)
+        inputs, graph = self._captured(args, kwargs)
         leaves = requires_grad_leaves(graph.graph, self.module, inputs)
         return graph, leaves, bool(leaves), _device(inputs)
 
@@ -242,20 +262,16 @@ def _remember(table: OrderedDict[Any, _V], key: Any, value: _V) -> _V:
     return value
 
 
-_PLAIN = (bool, int, float, str, type(None))
-
-
-def _settings(module: nn.Module, outermost: bool) -> Iterator[Any]:
-    """What the code of a module may ask about itself: train or eval, a momentum, a probability that is scheduled."""
-    for name, value in module.__dict__.items():
-        items = value if isinstance(value, tuple) else (value,)
-        if all(isinstance(item, _PLAIN) for item in items):
-            yield name, value
-
-    tables = [vars(module)[name] for name in _HOOKS]
-    hooks = tuple(k for table in tables for k, hook in table.items() if not outermost or _computes_weight(hook))
-    if hooks:  # a hook may change what its module returns, or compute its weight; the numbers are never used twice
-        yield "hooks", hooks
+def _parts(module: nn.Module) -> Iterator[Any]:
+    """Of what a module is made: its submodules, their parameters and buffers, and hooks that may change what they
+    return or compute a weight. The numbers of hooks are never used twice; ids are of modules that are alive.
+    """
+    for child in module.modules():
+        yield id(child), type(child)
+        for tables in (child._parameters, child._buffers):
+            yield tuple((name, None if t is None else (t.shape, t.dtype, t.device)) for name, t in tables.items())
+        hooks = (vars(child)[name].items() for name in _HOOKS)
+        yield tuple(k for table in hooks for k, hook in table if child is not module or _computes_weight(hook))
 
 
 def _device(inputs: Iterable[Any]) -> torch.device:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lrcnn_lightning.engine.rows import run_node
 from lrcnn_lightning.engine.segment import SegmentCall, run_segment
 from lrcnn_lightning.engine.slabs import Prepared
-from lrcnn_lightning.graph import Graph, ValueKind, map_refs
+from lrcnn_lightning.graph import Graph, ValueKind, Write, map_refs
 from lrcnn_lightning.plan.plan import Plan
 
 __all__ = ["Execution", "live_tensor", "requires_grad_leaves"]
@@ -66,7 +66,17 @@ class Execution:
                 if plan.last_reader.get(index) == number:
                     store.pop(index, None)
         leaves = map_refs(list(graph.graph.outputs), lambda ref: store[ref.index])
-        return graph.graph.structure.put_together(leaves)
+        returned = graph.graph.structure.size
+        _write(module, graph.graph.writes, leaves[returned:])
+        return graph.graph.structure.put_together(leaves[:returned])
+
+
+def _write(module: nn.Module, writes: Sequence[Write], leaves: list[Any]) -> None:
+    """Set the attributes that the module's own code would have set."""
+    for write in writes:
+        owner = module.get_submodule(write.path) if write.path else module
+        setattr(owner, write.name, write.structure.put_together(leaves[: write.structure.size]))
+        leaves = leaves[write.structure.size :]
 
 
 def requires_grad_leaves(graph: Graph, module: nn.Module, inputs: Sequence[Any]) -> frozenset[int]:

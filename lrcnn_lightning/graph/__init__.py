@@ -5,7 +5,8 @@ The graph is plain data.  It can be printed and tested without a plan or an engi
 
 from lrcnn_lightning.graph.capture import CUMULATIVE, capture, under_autocast
 from lrcnn_lightning.graph.functional import dependent_values
-from lrcnn_lightning.graph.graph import Context, Graph, Node, Ref, Value, ValueKind, map_refs, references
+from lrcnn_lightning.graph.graph import Context, Graph, Node, Ref, Value, ValueKind, Write, map_refs, references
+from lrcnn_lightning.graph.guards import Guard
 from lrcnn_lightning.graph.rehearsal import own_error
 from lrcnn_lightning.graph.structure import Structure, take_apart
 from lrcnn_lightning.graph.synchronised import SYNC_BATCH_NORM, processes
@@ -15,11 +16,13 @@ __all__ = [
     "SYNC_BATCH_NORM",
     "Context",
     "Graph",
+    "Guard",
     "Node",
     "Ref",
     "Structure",
     "Value",
     "ValueKind",
+    "Write",
     "capture",
     "dependent_values",
     "map_refs",

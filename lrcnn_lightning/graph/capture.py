@@ -14,6 +14,7 @@ import io
 import logging
 import operator
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,8 +27,11 @@ from torch.fx import Node as FxNode
 from torch.utils._pytree import tree_flatten
 
 from lrcnn_lightning.errors import CaptureError
-from lrcnn_lightning.graph.functional import functionalise
+from lrcnn_lightning.graph.functional import dependent_values, functionalise
 from lrcnn_lightning.graph.graph import Context, Graph, Node, Ref, Value, ValueKind
+from lrcnn_lightning.graph.leaks import Leaks
+from lrcnn_lightning.graph.observation import Observation
+from lrcnn_lightning.graph.opaque import refused_gradients
 from lrcnn_lightning.graph.structure import Structure, take_apart
 from lrcnn_lightning.graph.synchronised import recorded_sync_batch_norms
 
@@ -56,8 +60,26 @@ def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
     tensors = [(place, leaf) for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
     devices = [tensor.device for _, tensor in tensors if tensor.is_cuda]
     _refuse_unknown(leaves, "it takes")
-    results = _Results()
+    names = _input_names(module, args, kwargs or {})
+    places = [(place, names[place]) for place, _ in tensors]
     widened = [_is_widened(tensor) for _, tensor in tensors]
+    leaks = Leaks()
+    try:
+        return _captured(module, leaves, structure, places, widened, devices, leaks)
+    finally:
+        leaks.undo()
+
+
+def _captured(
+    module: nn.Module,
+    leaves: Sequence[Any],
+    structure: Structure,
+    places: Sequence[tuple[int, str]],
+    widened: Sequence[bool],
+    devices: Sequence[torch.device],
+    leaks: Leaks,
+) -> Graph:
+    results = _Results(module, leaks)
     try:
         with (
             torch.random.fork_rng(devices=devices),
@@ -69,7 +91,8 @@ def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
             recorded_sync_batch_norms(module),
             _quietly(),
         ):
-            examples = tuple(_example(tensor, wide) for (_, tensor), wide in zip(tensors, widened, strict=True))
+            tensors = [leaves[place] for place, _ in places]
+            examples = tuple(_example(tensor, wide) for tensor, wide in zip(tensors, widened, strict=True))
             with _of_tensors_alone(module, leaves, structure, results):
                 program = torch.export.export(module, examples, strict=False)
     except (torch.OutOfMemoryError, CaptureError):
@@ -77,8 +100,20 @@ def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise CaptureError(f"{type(error).__name__}: {reason[0] if reason else 'no message'}") from error
-    names = _input_names(module, args, kwargs or {})
-    return functionalise(_Reader(program, [(place, names[place]) for place, _ in tensors], results).graph())
+    graph = functionalise(_Reader(program, places, results).graph())
+    _refuse_remembered(graph, results.memos)
+    return replace(graph, outputs=graph.outputs[: len(graph.outputs) - results.memos])
+
+
+def _refuse_remembered(graph: Graph, count: int) -> None:
+    """Raise if one of the last ``count`` outputs, which the code keeps for its next call, depends on the data."""
+    dependent = dependent_values(graph)
+    for output in graph.outputs[len(graph.outputs) - count :]:
+        if isinstance(output, Ref) and output.index in dependent:
+            raise CaptureError(
+                f"its forward remembers {graph.values[output.index].name!r}, which depends on the data, for the next "
+                "call, which a captured graph would not do; return it, or register a buffer for it"
+            )
 
 
 def _input_names(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
@@ -102,10 +137,16 @@ def _refuse_unknown(leaves: Sequence[Any], what: str) -> None:
 
 
 class _Results:
-    """What the module returned in the trace: its structure, and the leaves that are no tensors."""
+    """What the module returned in the trace: its structure, and the leaves that are no tensors; and what its code did
+    beside that. After the leaves come those of attributes that it sets, then tensors that it remembers (``memos``).
+    """
 
     leaves: list[Any]
     structure: Structure
+    memos: int
+
+    def __init__(self, module: nn.Module, leaks: Leaks) -> None:
+        self.observation, self.leaks = Observation(module), leaks
 
 
 @contextlib.contextmanager
@@ -123,8 +164,12 @@ def _of_tensors_alone(
         remaining = iter(tensors)
         filled = [next(remaining) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = structure.put_together(filled)
-        results.leaves, results.structure = take_apart(own(*args, **kwargs))
+        with results.observation.observed(), results.leaks, refused_gradients():
+            returned = own(*args, **kwargs)
+        results.leaves, results.structure = take_apart(returned)
         _refuse_unknown(results.leaves, "it returns")
+        results.leaves += [*results.observation.written, *results.observation.memos]
+        results.memos = len(results.observation.memos)
         return [leaf for leaf in results.leaves if isinstance(leaf, torch.Tensor)]
 
     module.__dict__["forward"] = forward
@@ -253,7 +298,12 @@ class _Reader:
         outputs = self._inline(self.program.graph_module, environment, Context(), "")
         tensors = iter(outputs)
         leaves = [next(tensors) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.results.leaves]
-        return Graph(tuple(self.values), tuple(self.nodes), tuple(leaves), self.results.structure, self.constants)
+        writes, guards = tuple(self.results.observation.writes), self.results.observation.guards
+        for key, constant in self.constants.items():
+            if constant.requires_grad:
+                raise CaptureError(f"it reads the tensor {key!r}, which requires a gradient; pass it as an argument")
+        structure = self.results.structure
+        return Graph(tuple(self.values), tuple(self.nodes), tuple(leaves), structure, self.constants, writes, guards)
 
     def _value(self, name: str, fake: torch.Tensor, kind: ValueKind, source: str | int | None = None) -> Ref:
         shape = []

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
+from lrcnn_lightning.graph.guards import Guards
 from lrcnn_lightning.graph.structure import Structure
 
-__all__ = ["Context", "Graph", "Node", "Ref", "Value", "ValueKind", "map_refs", "references"]
+__all__ = ["Context", "Graph", "Node", "Ref", "Value", "ValueKind", "Write", "map_refs", "references"]
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,21 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Write:
+    """An attribute that the module's code sets: the submodule's path, its name, and how its value is nested."""
+
+    path: str
+    name: str
+    structure: Structure
+
+
+@dataclass(frozen=True)
 class Graph:
     """A captured module: values, nodes in execution order, and the pytree of its outputs.
 
-    ``outputs`` are the leaves of what the module returns, in ``structure``: a `Ref` or a plain constant.
+    ``outputs`` are the leaves of what the module returns, in ``structure``: a `Ref` or a plain constant. After them
+    come the leaves of attributes that its code sets at every call (``writes``). ``guards`` are what the code read of
+    Python while it was captured.
     """
 
     values: tuple[Value, ...]
@@ -119,6 +131,8 @@ class Graph:
     outputs: tuple[Any, ...]
     structure: Structure
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    writes: tuple[Write, ...] = ()
+    guards: Guards = field(default=Guards(), repr=False, compare=False)
 
     @property
     def inputs(self) -> tuple[Value, ...]:

@@ -15,6 +15,8 @@ from torch import nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from lrcnn_lightning.graph.leaks import Leaks
+from lrcnn_lightning.graph.state import PythonState
 from lrcnn_lightning.graph.structure import take_apart
 
 __all__ = ["own_error"]
@@ -41,13 +43,16 @@ def own_error(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
 
     leaves, structure = take_apart((tuple(args), dict(kwargs)))
     devices = list({leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_cuda})
+    leaks = Leaks()
     try:
         with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=devices):
             held = {name: fake(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
             given, named = structure.put_together([fake(leaf) for leaf in leaves])
-            with mode:
+            with mode, PythonState(module), leaks:
                 torch.func.functional_call(module, held, tuple(given), dict(named))
     except Exception as error:
         of_the_module = not type(error).__module__.startswith(_OF_THE_REHEARSAL)
         return error if of_the_module and not isinstance(error, torch.OutOfMemoryError) else None
+    finally:
+        leaks.undo()
     return None

@@ -36,8 +36,8 @@ _MOST_ROWS = 64
 _SMALL = 250
 """Nodes of a graph for which a whole grid of plans is tried in seconds."""
 _LEVELS = 32
-"""Barriers of a segment from which on plans that restore single maps are tried only when nothing else fits: the way to a
-map is walked again and again, which takes many times plain PyTorch's time (and it takes long to price it)."""
+"""Barriers of a segment from which on plans that restore single maps are tried only when nothing else fits: the way to
+a map is walked again and again, which takes many times plain PyTorch's time (and it takes long to price it)."""
 _REFINEMENTS = 400
 _REFINED_NODES = 50_000
 """Plans that are tried at most when the best one is refined, and nodes that these have together."""

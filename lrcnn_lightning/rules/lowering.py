@@ -35,7 +35,7 @@ class Role(enum.Enum):
     """On full maps or whole values: a barrier."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowGraph:
     """A graph with the role and rule of each node, and the axes of each value."""
 

@@ -1,0 +1,158 @@
+"""What a module's Python code does beside tensor operations, observed while it is traced.
+
+    reads        attributes of modules that are no parameters or buffers   ->  guards of the graph
+    writes       attributes that the code sets                             ->  set again by every call
+    and refused  containers it changes in place, random numbers of Python and NumPy
+
+A trace keeps none of it: the code runs once, and later calls run its operations only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from lrcnn_lightning.errors import CaptureError
+from lrcnn_lightning.graph.graph import Write
+from lrcnn_lightning.graph.guards import PLAIN, Guard, Guards, compared
+from lrcnn_lightning.graph.state import MISSING, PythonState, is_machinery, same_items
+from lrcnn_lightning.graph.structure import take_apart
+
+__all__ = ["Observation"]
+
+
+@dataclass
+class Observation:
+    """One run of a module's code."""
+
+    module: nn.Module
+    reads: dict[tuple[int, str], Guard] = field(default_factory=dict)
+    held: list[Any] = field(default_factory=list)
+    writes: list[Write] = field(default_factory=list)
+    written: list[Any] = field(default_factory=list)
+    """The leaves of what is written."""
+    memos: list[torch.Tensor] = field(default_factory=list)
+    """Tensors that the code remembers for the next call: no harm if they do not depend on the data of this one."""
+
+    @property
+    def guards(self) -> Guards:
+        """What the code read."""
+        return Guards(tuple(self.reads.values()), tuple(self.held))
+
+    @contextlib.contextmanager
+    def observed(self) -> Iterator[None]:
+        """Observe what is run inside, and undo what it does to attributes and to random states.
+
+        Raises `CaptureError` for what later calls could not do again.
+        """
+        self.reads, self.held, self.writes, self.written, self.memos = {}, [], [], [], []
+        paths = {child: path for path, child in self.module.named_modules()}
+        with PythonState(self.module) as state:
+            with self._recorded_reads(state):
+                yield
+            self._find_writes(paths, state)
+            self._find_changes(paths, state)
+            drawn = state.drawn()
+            if drawn:
+                raise CaptureError(
+                    f"its forward draws random numbers from {' and '.join(drawn)}, which a captured graph would not "
+                    "draw again; draw them with torch.rand, or outside of it and pass them as arguments"
+                )
+
+    # ------------------------------------------------------------------ reads
+
+    @contextlib.contextmanager
+    def _recorded_reads(self, state: PythonState) -> Iterator[None]:
+        """Note each attribute that is read, the outermost of those that are read for one another (properties)."""
+        thread = threading.get_ident()
+        order: list[tuple[int, str]] = []
+
+        def read(module: nn.Module, name: str) -> Any:
+            if is_machinery(name) or name.startswith("__") or threading.get_ident() != thread:
+                return object.__getattribute__(module, name)
+            inner = len(order)
+            value = object.__getattribute__(module, name)
+            key = id(module), name
+            table = object.__getattribute__(module, "__dict__")
+            own = name in table
+            if not own and (isinstance(value, MethodType) or _holds_tensors(value)):
+                return value  # a method, or a property that computes with tensors: what that reads counts
+            for other in order[inner:]:
+                del self.reads[other]
+            del order[inner:]
+            written = own and state.attributes.get(module, table).get(name, MISSING) is not value
+            if key not in self.reads and not written:
+                order.append(key)
+                self.reads[key] = self._guard(module, name, value)
+            return value
+
+        # Attributes are looked up on the class; only this thread's, and only for the time of the trace.
+        nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            del nn.Module.__getattribute__
+
+    def _guard(self, module: nn.Module, name: str, value: Any) -> Guard:
+        try:
+            return Guard(module, name, compared(value, self.held))
+        except CaptureError as error:
+            raise CaptureError(
+                f"its forward reads {name!r} of {type(module).__name__}, of type {type(value).__name__}: {error}; copy "
+                "what is needed of it to attributes that are numbers or strings"
+            ) from error
+
+    # ----------------------------------------------------------------- writes
+
+    def _find_writes(self, paths: dict[nn.Module, str], state: PythonState) -> None:
+        for child, path in paths.items():
+            for name, value in vars(child).items():
+                before = state.attributes[child].get(name, MISSING)
+                if is_machinery(name) or before is value:
+                    continue
+                leaves, structure = take_apart(value)
+                unknown = [leaf for leaf in leaves if not isinstance(leaf, (*PLAIN, torch.Tensor))]
+                if unknown:
+                    raise CaptureError(
+                        f"its forward sets {_named(path, name)} to something of type {type(unknown[0]).__name__}; "
+                        "allowed are tensors, numbers and strings, and containers of them"
+                    )
+                fakes = [leaf for leaf in leaves if isinstance(leaf, FakeTensor)]
+                if fakes and before is None and (id(child), name) in self.reads:
+                    self.memos += fakes  # computed because it was None: to be there in the next call
+                    continue
+                self.writes.append(Write(path, name, structure))
+                self.written += leaves
+
+    def _find_changes(self, paths: dict[nn.Module, str], state: PythonState) -> None:
+        for (child, name), content in state.contents.items():
+            present: Any = vars(child).get(name)
+            if type(present) is not type(content) or same_items(present, content):
+                continue
+            new: list[Any] = []
+            if isinstance(present, dict):
+                new = [value for key, value in present.items() if key not in content or content[key] is not value]
+            if not new or not all(isinstance(value, FakeTensor) for value in new):
+                raise CaptureError(
+                    f"its forward changes the {type(content).__name__} {_named(paths[child], name)}, which a captured "
+                    "graph would not do again; return what is put there, or do so outside of the module"
+                )
+            self.memos += new
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or (
+        isinstance(value, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in value)
+    )
+
+
+def _named(path: str, name: str) -> str:
+    return repr(f"{path}.{name}" if path else name)

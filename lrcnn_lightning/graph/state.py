@@ -1,0 +1,95 @@
+"""The Python state of a module: attributes, what is in its containers, and random numbers unknown to PyTorch.
+
+A trace runs the module's code, and afterwards all of that has to be as it was.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from typing import Any
+
+from torch import nn
+
+__all__ = ["MISSING", "PythonState", "is_machinery", "same_items"]
+
+MISSING = object()
+"""Stands for an attribute that is not there."""
+_MACHINERY = frozenset(vars(nn.Module())) - {"training"} | {"forward", "_compiled_call_impl", "call_super_init"}
+_CONTAINERS = (list, dict, set)
+
+
+def is_machinery(name: str) -> bool:
+    """Whether PyTorch itself works by an attribute of that name."""
+    return name in _MACHINERY or name.startswith("_tensor_constant")
+
+
+class PythonState:
+    """A snapshot, and with ``with`` a promise to go back to it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.attributes = {child: dict(vars(child)) for child in module.modules()}
+        self.contents = {
+            (child, name): type(value)(value)
+            for child, table in self.attributes.items()
+            for name, value in table.items()
+            if type(value) in _CONTAINERS and not is_machinery(name)
+        }
+        """What was in the containers among the attributes."""
+        self._random = _random_states()
+
+    def drawn(self) -> list[str]:
+        """The generators from which numbers have been drawn since."""
+        return [name for name, state in _random_states().items() if state != self._random.get(name)]
+
+    def __enter__(self) -> PythonState:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for child, table in self.attributes.items():
+            for name in [name for name in vars(child) if name not in table]:
+                del vars(child)[name]
+            vars(child).update(table)
+        for (child, name), content in self.contents.items():
+            _refill(self.attributes[child][name], content)
+        _set_random_states(self._random)
+
+
+def same_items(present: Any, content: Any) -> bool:
+    """Whether a container has the items that it had."""
+    if len(present) != len(content):
+        return False
+    if isinstance(present, dict):
+        return all(key in present and present[key] is value for key, value in content.items())
+    return (
+        all(a is b for a, b in zip(present, content, strict=True)) if isinstance(present, list) else present == content
+    )
+
+
+def _refill(container: Any, content: Any) -> None:
+    if same_items(container, content):
+        return
+    container.clear()
+    if isinstance(container, list):
+        container.extend(content)
+    else:
+        container.update(content)
+
+
+def _random_states() -> dict[str, Any]:
+    """The states of the generators that PyTorch does not know."""
+    states: dict[str, Any] = {"Python's random": random.getstate()}
+    if "numpy" in sys.modules:
+        kind, key, *rest = sys.modules["numpy"].random.get_state()
+        states["NumPy"] = kind, key.tobytes(), *rest
+    return states
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    present = _random_states()
+    if present["Python's random"] != states["Python's random"]:
+        random.setstate(states["Python's random"])
+    if "NumPy" in states and present["NumPy"] != states["NumPy"]:
+        numpy = sys.modules["numpy"]
+        kind, key, *rest = states["NumPy"]
+        numpy.random.set_state((kind, numpy.frombuffer(key, dtype="uint32"), *rest))

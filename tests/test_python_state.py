@@ -1,0 +1,428 @@
+"""What a module's Python code reads, writes, draws and remembers beside its tensors: row by row as plainly."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.checkpoint import checkpoint
+
+import lrcnn_lightning
+from lrcnn_lightning import CaptureError
+
+
+def convolution(channels: int = 3) -> nn.Conv2d:
+    return nn.Conv2d(channels, 4, 3, padding=1)
+
+
+class Net(nn.Module):
+    """Two convolutions; what differs is between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = convolution(), convolution(4)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """What a network has beside its convolutions."""
+
+    def between(self, y: Tensor) -> Tensor:
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.between(F.relu(self.a(x))))
+
+
+def pair(kind: type[Net], **options: Any) -> tuple[Net, Net]:
+    torch.manual_seed(0)
+    plain = kind().double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = lrcnn_lightning.rowwise(copy.deepcopy(plain), **{"mode": "two_phase", "rows": 4, **options})
+    return plain, ours
+
+
+def image(seed: int = 0) -> Tensor:
+    return torch.randn(2, 3, 12, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def step(net: Net, seed: int = 0) -> dict[str, Tensor]:
+    """Output and gradients of a step, and every buffer after it."""
+    net.zero_grad(set_to_none=True)
+    output = net(image(seed))
+    (output**2).sum().backward()
+    found = {f"gradient of {name}": p.grad for name, p in net.named_parameters() if p.grad is not None}
+    return {"output": output.detach(), **found, **{name: b.clone() for name, b in net.named_buffers()}}
+
+
+def agree(plain: Net, ours: Net, seed: int = 0) -> None:
+    want, found = step(plain, seed), step(ours, seed)
+    assert found.keys() == want.keys()
+    for name, tensor in want.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-10, atol=1e-10, msg=lambda text, n=name: f"{n}: {text}")
+    assert ours.forward.plan is not None and ours.forward.plan.mode == "two_phase"
+
+
+# ---------------------------------------------------------------------- reads
+
+
+@dataclass
+class Settings:
+    scale: float = 2.0
+
+
+def double(y: Tensor) -> Tensor:
+    return y * 2
+
+
+def triple(y: Tensor) -> Tensor:
+    return y * 3
+
+
+class ReadsNumber(Net):
+    def prepare(self) -> None:
+        self.scale = 2.0
+
+    def between(self, y: Tensor) -> Tensor:
+        return y * self.scale
+
+
+class ReadsList(Net):
+    def prepare(self) -> None:
+        self.weights = [torch.tensor(2.0), torch.tensor(3.0)]
+
+    def between(self, y: Tensor) -> Tensor:
+        return y * self.weights[0]
+
+
+class ReadsFunction(Net):
+    def prepare(self) -> None:
+        self.act = double
+
+    def between(self, y: Tensor) -> Tensor:
+        return self.act(y)
+
+
+class ReadsTensor(Net):
+    def prepare(self) -> None:
+        self.alpha = torch.tensor(2.0)
+
+    def between(self, y: Tensor) -> Tensor:
+        return y * self.alpha
+
+
+class ReadsObject(Net):
+    def prepare(self) -> None:
+        self.settings = Settings()
+        self.other = SimpleNamespace(inner={"offset": 1.0})
+
+    def between(self, y: Tensor) -> Tensor:
+        return y * self.settings.scale + self.other.inner["offset"]
+
+
+class ReadsProperty(Net):
+    def prepare(self) -> None:
+        self.owner = SimpleNamespace(epoch=0)
+
+    @property
+    def epoch(self) -> int:
+        return self.owner.epoch
+
+    def between(self, y: Tensor) -> Tensor:
+        return y * (1 + self.epoch)
+
+
+def _assign(name: str, value: Any) -> Callable[[Net], None]:
+    return lambda net: setattr(net, name, value)
+
+
+READS: list[tuple[type[Net], Callable[[Net], None]]] = [
+    (ReadsNumber, _assign("scale", 5.0)),
+    (ReadsList, lambda net: net.weights.__setitem__(0, torch.tensor(7.0))),
+    (ReadsList, lambda net: net.weights[0].fill_(7.0)),
+    (ReadsFunction, _assign("act", triple)),
+    (ReadsFunction, _assign("act", functools.partial(torch.mul, other=4.0))),
+    (ReadsTensor, _assign("alpha", torch.tensor(5.0))),
+    (ReadsTensor, lambda net: net.alpha.fill_(5.0)),
+    (ReadsObject, lambda net: setattr(net.settings, "scale", 7.0)),
+    (ReadsObject, lambda net: net.other.inner.update(offset=-3.0)),
+    (ReadsProperty, lambda net: setattr(net.owner, "epoch", 3)),
+    (Net, lambda net: setattr(net.a, "bias", None)),
+    (Net, lambda net: setattr(net, "b", nn.Conv2d(4, 4, 3, padding=2, dilation=2).double().requires_grad_(False))),
+]
+
+
+@pytest.mark.parametrize(("kind", "change"), READS)
+def test_what_is_read_may_change(kind: type[Net], change: Callable[[Net], None]) -> None:
+    """A network once kept for ever what its code had read when it was captured: a list, a function, an object."""
+    plain, ours = pair(kind)
+    agree(plain, ours)
+    torch.manual_seed(1)
+    change(plain)
+    torch.manual_seed(1)
+    change(ours)
+    agree(plain, ours, seed=1)
+    agree(plain, ours, seed=2)
+    assert len(ours.forward._graphs) <= 2
+
+
+def test_what_is_not_read_may_change() -> None:
+    """A counter of batches on a network once led to a capture and a search for a plan at every step."""
+    _, ours = pair(Net)
+    for count in range(4):
+        ours.seen = count
+        step(ours, count)
+    assert len(ours.forward._graphs) == 1
+
+
+def test_a_value_that_changes_at_every_call_is_named() -> None:
+    plain, ours = pair(ReadsNumber)
+    said: list[str] = []
+    ours.forward.notify = said.append
+    for count in range(6):
+        plain.scale = ours.scale = 1.0 + count
+        agree(plain, ours, count)
+    assert sum("captured and planned anew" in text for text in said) == 1
+    assert any("'scale' of ReadsNumber" in text for text in said)
+
+
+class ReadsMuch(Net):
+    def prepare(self) -> None:
+        self.owner = SimpleNamespace(items={i: SimpleNamespace(number=[i]) for i in range(2000)})
+
+    def between(self, y: Tensor) -> Tensor:
+        return y * len(self.owner.items)
+
+
+class ReadsGradient(Net):
+    def between(self, y: Tensor) -> Tensor:
+        return y * self.condition
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    _, ours = pair(ReadsMuch)
+    with pytest.raises(CaptureError, match="reads 'owner' of ReadsMuch, of type SimpleNamespace: too much"):
+        step(ours)
+    _, ours = pair(ReadsGradient)
+    ours.condition = torch.ones(4, 1, 1, dtype=torch.float64, requires_grad=True) * 2
+    with pytest.raises(CaptureError, match="'condition', which requires a gradient; pass it as an argument"):
+        step(ours)
+
+
+# --------------------------------------------------------------------- writes
+
+
+class Counts(Net):
+    def prepare(self) -> None:
+        self.calls = 0
+
+    def between(self, y: Tensor) -> Tensor:
+        self.calls += 1
+        return y * self.calls
+
+
+class Remembers(Net):
+    """A recurrent state."""
+
+    def prepare(self) -> None:
+        self.state: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.a(x))
+        if self.state is not None:
+            y = y + self.state
+        self.state = y.detach().mean((2, 3), keepdim=True)
+        return self.b(y)
+
+
+class Shows(Net):
+    def between(self, y: Tensor) -> Tensor:
+        self.feature = y
+        self.both = {"mean": y.mean((2, 3)), "height": y.shape[2]}
+        return y
+
+
+class Memo(Net):
+    def prepare(self) -> None:
+        self.grid: Tensor | None = None
+        self.grids: dict[Any, Tensor] = {}
+
+    def between(self, y: Tensor) -> Tensor:
+        if self.grid is None:
+            self.grid = torch.linspace(0, 1, y.shape[2], dtype=y.dtype)[:, None]
+        key = tuple(y.shape[2:])
+        if key not in self.grids:
+            self.grids[key] = torch.linspace(1, 2, y.shape[3], dtype=y.dtype)
+        return y * self.grid + self.grids[key]
+
+
+def test_a_count_of_calls() -> None:
+    plain, ours = pair(Counts)
+    for seed in range(3):
+        agree(plain, ours, seed)
+        assert ours.calls == plain.calls == seed + 1
+
+
+def test_what_is_shown_on_the_module() -> None:
+    """A stored feature map once was a tensor without data afterwards."""
+    plain, ours = pair(Shows)
+    for seed in range(2):
+        agree(plain, ours, seed)
+        torch.testing.assert_close(ours.feature, plain.feature)
+        torch.testing.assert_close(ours.both["mean"], plain.both["mean"])
+        assert ours.both["height"] == plain.both["height"] == 12
+    for net in (plain, ours):
+        net.zero_grad(set_to_none=True)
+        net(image())
+        net.feature.pow(2).sum().backward()
+    torch.testing.assert_close(ours.a.weight.grad, plain.a.weight.grad)
+    assert ours.b.weight.grad is None and plain.b.weight.grad is None
+
+
+def test_a_state_from_call_to_call_is_refused_where_it_is_a_memo_and_else_kept() -> None:
+    plain, ours = pair(Memo)
+    for seed in range(2):
+        agree(plain, ours, seed)
+    assert not isinstance(ours.grid, FakeTensor)
+    assert not any(isinstance(grid, FakeTensor) for grid in ours.grids.values())
+    _, ours = pair(Remembers)
+    with pytest.raises(CaptureError, match="remembers"):
+        step(ours)
+    assert ours.state is None
+
+
+class Appends(Net):
+    def prepare(self) -> None:
+        self.features: list[Tensor] = []
+
+    def between(self, y: Tensor) -> Tensor:
+        self.features.append(y)
+        return y
+
+
+def test_a_list_that_grows_is_refused_and_left_alone() -> None:
+    _, ours = pair(Appends)
+    with pytest.raises(CaptureError, match="changes the list 'features'"):
+        step(ours)
+    assert ours.features == []
+
+
+# --------------------------------------------------------------------- random
+
+
+class DrawsPython(Net):
+    def between(self, y: Tensor) -> Tensor:
+        return y if random.random() < 0.5 else y * 2
+
+
+class DrawsNumpy(Net):
+    def between(self, y: Tensor) -> Tensor:
+        return y * float(numpy.random.rand())
+
+
+@pytest.mark.parametrize(("kind", "name"), [(DrawsPython, "Python's random"), (DrawsNumpy, "NumPy")])
+def test_random_numbers_of_others_are_refused(kind: type[Net], name: str) -> None:
+    """Layers that are dropped at random were dropped in every step or in none."""
+    _, ours = pair(kind)
+    before = random.getstate(), numpy.random.get_state()[1].tobytes()
+    with pytest.raises(CaptureError, match=f"draws random numbers from {name}"):
+        step(ours)
+    assert before == (random.getstate(), numpy.random.get_state()[1].tobytes())
+
+
+# ------------------------------------------------------------------ gradients
+
+
+class Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -2 * gradient
+
+
+reverse = Reverse.apply
+
+
+class Reverses(Net):
+    def between(self, y: Tensor) -> Tensor:
+        return reverse(y)
+
+
+class Hooks(Net):
+    def between(self, y: Tensor) -> Tensor:
+        y.register_hook(lambda gradient: -3 * gradient)
+        return y
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Reverses, "applies Reverse"), (Hooks, r"calls register_hook\(\)")])
+def test_gradients_of_ones_own_are_refused(kind: type[Net], name: str) -> None:
+    """A reversed gradient was not reversed row by row."""
+    _, ours = pair(kind)
+    with pytest.raises(CaptureError, match=name):
+        step(ours)
+    plain, ours = pair(kind, on_unsupported="warn")
+    with pytest.warns(UserWarning, match=name):
+        found = step(ours)
+    for name, tensor in step(plain).items():
+        torch.testing.assert_close(found[name], tensor)
+    torch.testing.assert_close(reverse(torch.ones(1)), torch.ones(1))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_inside_are_passed_through(reentrant: bool) -> None:
+    """What ran inside a reentrant checkpoint had no gradient at all."""
+
+    class Checkpoints(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return checkpoint(lambda y: self.b(F.relu(y)), y, use_reentrant=reentrant)
+
+    plain, ours = pair(Checkpoints)
+    agree(plain, ours)
+
+
+# --------------------------------------------------------------------- leaks
+
+
+@functools.lru_cache
+def cached_grid(height: int, width: int) -> Tensor:
+    return torch.linspace(0, 1, height, dtype=torch.float64)[:, None].expand(height, width)
+
+
+TABLE: dict[tuple[int, int], Tensor] = {}
+
+
+class Cached(Net):
+    def between(self, y: Tensor) -> Tensor:
+        key = y.shape[2], y.shape[3]
+        if key not in TABLE:
+            TABLE[key] = torch.linspace(1, 2, key[1], dtype=y.dtype)
+        return y + cached_grid(*key) * TABLE[key]
+
+
+def test_tensors_of_a_trace_do_not_stay_in_caches() -> None:
+    """A grid under `lru_cache` had no data afterwards, and so had every parameter after the next step."""
+    cached_grid.cache_clear()
+    TABLE.clear()
+    plain, ours = pair(Cached)
+    step(ours)
+    assert not any(isinstance(grid, FakeTensor) for grid in TABLE.values())
+    assert not isinstance(cached_grid(12, 8), FakeTensor)
+    agree(plain, ours)
+    step(plain)
+    agree(plain, ours, seed=1)
