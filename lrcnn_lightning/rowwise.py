@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lrcnn_lightning.config import RowConfig
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
 from lrcnn_lightning.errors import CaptureError, ConfigError, InputError, RowwiseError
-from lrcnn_lightning.graph import Guard, capture, own_error, processes, take_apart, under_autocast
+from lrcnn_lightning.graph import capture, own_error, processes, take_apart, under_autocast
 from lrcnn_lightning.messages import inner_hooks
 from lrcnn_lightning.plan.frontier import Frontier, find_frontier
 from lrcnn_lightning.plan.machine import Machine
@@ -180,31 +180,38 @@ class RowwiseForward:
     def _captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], RowGraph]:
         """The leaves of the arguments, and the graph that serves a call with them."""
         inputs, structure = take_apart((args, kwargs))
-        shapes = tuple(_metadata(leaf) for leaf in inputs)
-        key = (structure, shapes, under_autocast(_device(inputs)), processes(), *_parts(self.module))
-        known = [graph for of, graph in self._graphs if of == key]
+        tensors = tuple(_metadata(leaf) for leaf in inputs if isinstance(leaf, torch.Tensor))
+        others = tuple(_metadata(leaf) for leaf in inputs if not isinstance(leaf, torch.Tensor))
+        key = (tensors, others, structure, under_autocast(_device(inputs)), processes(), *_parts(self.module))
         broken = None
-        for graph in known:
+        for of, graph in self._graphs:
+            if of != key:
+                continue
             broken = graph.graph.guards.broken()
             if broken is None:
-                self._graphs.remove((key, graph))
-                self._graphs.append((key, graph))
+                self._graphs.remove((of, graph))
+                self._graphs.append((of, graph))
                 return inputs, graph
-        self._warn_of_captures(len(known), broken)
+        alike = {of[1]: graph for of, graph in self._graphs if of[0] == tensors}
+        if broken is not None:
+            value = getattr(broken.module, broken.name, None)
+            cause = f"its forward reads {broken.name!r} of {type(broken.module).__name__}, which is now {value!r}"
+            self._warn_of_captures(sum(of == key for of, _ in self._graphs), cause)
+        elif others not in alike:
+            self._warn_of_captures(len(alike), f"its arguments that are no tensors are now {list(others)}")
         with _put_back(self.module, self.previous):
             captured = capture(self.module, args, kwargs)
         graph = lower(captured, self.config.axis)
         self._graphs = [*self._graphs[1 - _CACHED :], (key, graph)]
         return inputs, graph
 
-    def _warn_of_captures(self, count: int, broken: Guard | None) -> None:
-        """Say once that calls that are alike are captured over and over, and why."""
-        if count == _CAPTURES and broken is not None and "captures" not in self._said:
+    def _warn_of_captures(self, count: int, cause: str) -> None:
+        """Say once that calls with tensors of the same shapes are captured over and over, and why."""
+        if count == _CAPTURES and "captures" not in self._said:
             self._said.add("captures")
             self.notify(
-                f"{self._where()}: its forward reads {broken.name!r} of {type(broken.module).__name__}, which has "
-                f"another value at every call (now {getattr(broken.module, broken.name, None)!r}); each is captured "
-                "and planned anew, which takes seconds. Make it a tensor: a buffer, or an argument"
+                f"{self._where()}: {cause}, and was something else in each of the {count} calls before. Each value is "
+                "captured and planned anew, which takes seconds. Make it a tensor: a buffer, or an argument"
             )
 
     def situation(

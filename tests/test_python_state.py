@@ -195,7 +195,21 @@ def test_a_value_that_changes_at_every_call_is_named() -> None:
         plain.scale = ours.scale = 1.0 + count
         agree(plain, ours, count)
     assert sum("captured and planned anew" in text for text in said) == 1
-    assert any("'scale' of ReadsNumber" in text for text in said)
+    assert any("'scale' of ReadsNumber, which is now 5.0" in text for text in said)
+
+
+def test_an_argument_that_changes_at_every_call_is_named() -> None:
+    class TakesNumber(Net):
+        def forward(self, x: Tensor, t: int = 0) -> Tensor:
+            return super().forward(x) * t
+
+    _, ours = pair(TakesNumber)
+    said: list[str] = []
+    ours.forward.notify = said.append
+    for count in range(6):
+        ours(image(), t=count)
+    assert sum("captured and planned anew" in text for text in said) == 1
+    assert any("its arguments that are no tensors are now [4]" in text for text in said)
 
 
 class ReadsMuch(Net):

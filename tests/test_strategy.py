@@ -518,6 +518,28 @@ def test_modules_made_in_configure_model(plain: Any) -> None:
     assert set(module.state_dict()) == set(plain[1].state_dict())
 
 
+@pytest.mark.parametrize("read", ["current_epoch", "global_step", "hparams", "trainer"])
+def test_what_the_own_forward_reads_of_the_run(read: str, tmp_path: Path) -> None:
+    """A weight by the epoch once stayed for ever what it was in the first; `self.trainer` has too much inside of it,
+    and the parts run row by row instead.
+    """
+
+    class Weighted(Direct):
+        def __init__(self) -> None:
+            super().__init__()
+            self.save_hyperparameters({"weight": 2.0})
+
+        def forward(self, images: Tensor) -> Tensor:
+            known = {"hparams": lambda: self.hparams.weight, "trainer": lambda: 2.0 - self.trainer.validating}
+            value = known[read]() if read in known else 1 + 0.1 * getattr(self, read)
+            return super().forward(images) * value
+
+    plain, _ = fit("auto", Weighted)
+    ours, _ = fit(LRCNNStrategy(mode="two_phase", rows=4), Weighted)
+    assert_same_run(plain, ours, 1e-9, tmp_path)
+    assert set(ours.strategy.plans) == ({"first", "second"} if read == "trainer" else {""})
+
+
 def test_one_strategy_object_serves_several_runs() -> None:
     # Lightning takes a strategy that has been used to have an accelerator of its own, so the Trainer names none.
     strategy = LRCNNStrategy(**ROWWISE[0])

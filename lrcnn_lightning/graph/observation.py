@@ -73,25 +73,25 @@ class Observation:
     def _recorded_reads(self, state: PythonState) -> Iterator[None]:
         """Note each attribute that is read, the outermost of those that are read for one another (properties)."""
         thread = threading.get_ident()
-        order: list[tuple[int, str]] = []
+        under_way: list[list[tuple[nn.Module, str, Any]]] = []  # what each property that is being read reads itself
 
         def read(module: nn.Module, name: str) -> Any:
             if is_machinery(name) or name.startswith("__") or threading.get_ident() != thread:
                 return object.__getattribute__(module, name)
-            inner = len(order)
-            value = object.__getattribute__(module, name)
-            key = id(module), name
-            table = object.__getattribute__(module, "__dict__")
-            own = name in table
-            if not own and (isinstance(value, MethodType) or _holds_tensors(value)):
-                return value  # a method, or a property that computes with tensors: what that reads counts
-            for other in order[inner:]:
-                del self.reads[other]
-            del order[inner:]
-            written = own and state.attributes.get(module, table).get(name, MISSING) is not value
-            if key not in self.reads and not written:
-                order.append(key)
-                self.reads[key] = self._guard(module, name, value)
+            under_way.append([])
+            found = under_way[-1]
+            try:
+                value = object.__getattribute__(module, name)
+                own = name in object.__getattribute__(module, "__dict__")
+                if own or not (isinstance(value, MethodType) or _holds_tensors(value)):
+                    found = [(module, name, value)]  # else a method, or a property that computes with tensors
+            finally:
+                under_way.pop()
+                if under_way:
+                    under_way[-1].extend(found)
+            if not under_way:
+                for item in found:
+                    self._note(*item, state)
             return value
 
         # Attributes are looked up on the class; only this thread's, and only for the time of the trace.
@@ -101,9 +101,14 @@ class Observation:
         finally:
             del nn.Module.__getattribute__
 
-    def _guard(self, module: nn.Module, name: str, value: Any) -> Guard:
+    def _note(self, module: nn.Module, name: str, value: Any, state: PythonState) -> None:
+        """Note what an attribute was before the code ran, unless the code itself has set it."""
+        present = vars(module)
+        written = name in present and state.attributes.get(module, present).get(name, MISSING) is not value
+        if written or (id(module), name) in self.reads:
+            return
         try:
-            return Guard(module, name, compared(value, self.held))
+            self.reads[id(module), name] = Guard(module, name, compared(value, self.held))
         except CaptureError as error:
             raise CaptureError(
                 f"its forward reads {name!r} of {type(module).__name__}, of type {type(value).__name__}: {error}; copy "
