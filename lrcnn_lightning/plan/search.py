@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +44,8 @@ _REFINED_NODES = 50_000
 _EXCHANGED = 4
 """Maps that are tried kept, and tried dropped, at each step of the refinement."""
 _STARTS = 3
+_DEAR = 0.1
+"""Extra work of a plan for a budget from which on it is worth to look for it the other way, too."""
 _PRESSING = 8.0
 """The first price of a limit that is exceeded from the start."""
 _DEARER = 1.3
@@ -103,8 +105,11 @@ def search_plans(
     if budget is not None:
         search.vary(_grid(graph, config, height, training))
         search.try_dismissed()
-    search.refine(_Moves(graph, config, search.best))
+    moves = _Moves(graph, config, search.best)
+    search.refine(moves)
     assert search.best is not None
+    if budget is not None and search.best.overhead > _DEAR:
+        search.refine_the_other_way(moves)
     if tried is not None:
         tried.update(search.tried)
     return replace(search.best, memo=None)
@@ -135,15 +140,41 @@ class _Search:
         """Walk from the best plan, and from the best ones with other numbers of segments."""
         if self.best is None or self.best.mode == "plain" or not self.training:
             return
-        best: dict[Any, Choices] = {}
-        for choices in sorted(self.tried, key=lambda choices: self._rank(*self.tried[choices])):
-            best.setdefault((choices.segments, choices.keeping), choices)
-        starts = list(best.values())[:_STARTS]
-        limit = max(24, min(_REFINEMENTS, _REFINED_NODES // max(len(self.graph.nodes), 1)))
+        by_rank = self._kinds(lambda choices: self._rank(*self.tried[choices]))
+        by_price = self._kinds(lambda choices: self._priced(*self.tried[choices], 1.0))
+        starts = list(dict.fromkeys([*by_rank[: _STARTS - 1], *by_price]))[:_STARTS]
+        limit = self._limit
         for start in starts:
             reached = self._walk(self._made(start), moves, limit // len(starts))
             self._climb(reached, moves, limit // len(starts))
         self._climb(self.best, moves, limit)
+
+    def refine_the_other_way(self, moves: _Moves) -> None:
+        """Look for less memory in the time of the best plan for the budget: it leaves room to be faster.
+
+        Where a budget is tight, the plans that fit at first are slow ones of another kind, and the way from these to
+        the good ones is long.
+        """
+        assert self.best is not None
+        other = _Search(self.graph, self.leaves, self.training, None, self.best.overhead, self.machine)
+        other.memo, other.tried, other.best = self.memo, self.tried, self.best
+        other.refine(moves)
+        best = min(self.tried, key=lambda choices: self._rank(*self.tried[choices]))
+        if best != self.best.choices:
+            self.best = self._made(best)
+            self._climb(self.best, moves, self._limit)
+
+    @property
+    def _limit(self) -> int:
+        """How many plans are made at most to refine one."""
+        return max(24, min(_REFINEMENTS, _REFINED_NODES // max(len(self.graph.nodes), 1)))
+
+    def _kinds(self, order: Callable[[Choices], Any]) -> list[Choices]:
+        """The first plan of each kind (number of segments, keeping), in an order."""
+        first: dict[Any, Choices] = {}
+        for choices in sorted(self.tried, key=order):
+            first.setdefault((choices.segments, choices.keeping), choices)
+        return list(first.values())
 
     def _walk(self, current: Plan, moves: _Moves, limit: int) -> Plan:
         """Change a plan little by little, and make at most ``limit`` plans; the best one on the way.
