@@ -604,14 +604,20 @@ def test_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     benchmark = importlib.util.module_from_spec(specification)
     monkeypatch.setitem(sys.modules, "lean_benchmark", benchmark)
     specification.loader.exec_module(benchmark)
-    tiny = {"size": 64, "scale": 2, "pages": 10, "epochs": 1, "width": 0.125, "memory_size": 128}
+    tiny = {"pages": 10, "epochs": 1, "width": 0.125, "memory_widths": (0.125,), "memory_size": 128, "seeds": 1}
     monkeypatch.setitem(benchmark.NETWORKS, "short", ["model=lean_resnet", "model.depth=[1,1,1,1]"])
     monkeypatch.setattr(benchmark, "SMALL", benchmark.Settings(networks=("short",), **tiny))
     output = tmp_path / "folder" / "lean.json"
-    monkeypatch.setattr("sys.argv", ["lean.py", "--small", "--threads", "1", "--output", str(output)])
+    monkeypatch.setattr("sys.argv", ["lean.py", "--small", "--output", str(output)])
     benchmark.main()
-    (row,) = json.loads(output.read_text())["results"]
+    report = json.loads(output.read_text())
+    (row,), (trained,) = report["memory"], report["training"]
     assert row["parameters"] == parameter_count(lean_resnet(SHORT, width=0.125, num_classes=10))
-    assert 0 < row["rowwise_bytes"] < row["plain_bytes"]
-    assert row["rowwise"]["loss"] == pytest.approx(row["plain"]["loss"], rel=1e-2)
-    assert f"| {row['network']} | {row['parameters']:,} |" in capsys.readouterr().out
+    low, high = row["rowwise"]
+    assert (low["max_overhead"], high["max_overhead"]) == (0.35, 1.0)
+    assert 0 < high["peak_bytes"] <= low["peak_bytes"] < row["plain_bytes"]
+    assert "to 4 rows" in trained["plan"]  # the rows are really cut
+    assert trained["rowwise"]["loss"] == pytest.approx(trained["plain"]["loss"], rel=1e-2)
+    printed = capsys.readouterr().out
+    assert f"| {row['network']} | 0.125 | {row['parameters']:,} |" in printed
+    assert trained["plan"] in printed
