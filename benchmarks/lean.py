@@ -190,7 +190,10 @@ def described(module: nn.Module) -> str:
     """Rows and segments of the plan by which a row-wise module was trained last."""
     segments = [segment for segment in module.forward.training_plan.segments if not segment.plain]
     rows = sorted({len(loop.rows) for segment in segments for loop in segment.loops()})
-    return f"{rows[0]} to {rows[-1]} rows, {len(segments)} segments" if segments else "plain"
+    if not segments:
+        return "plain"
+    span = str(rows[0]) if len(rows) == 1 else f"{rows[0]} to {rows[-1]}"
+    return f"{span} {'row' if rows[-1] == 1 else 'rows'}, {len(segments)} segments"
 
 
 def memory(settings: Settings, network: str, width: float) -> Memory:
