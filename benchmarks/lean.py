@@ -192,8 +192,9 @@ def described(module: nn.Module) -> str:
     rows = sorted({len(loop.rows) for segment in segments for loop in segment.loops()})
     if not segments:
         return "plain"
-    span = str(rows[0]) if len(rows) == 1 else f"{rows[0]} to {rows[-1]}"
-    return f"{span} {'row' if rows[-1] == 1 else 'rows'}, {len(segments)} segments"
+    most, count = rows[-1], len(segments)
+    span = f"{most}" if len(rows) == 1 else f"{rows[0]} to {most}"
+    return f"{span} row{'s'[: most > 1]}, {count} segment{'s'[: count > 1]}"
 
 
 def memory(settings: Settings, network: str, width: float) -> Memory:
@@ -307,7 +308,7 @@ def measure(settings: Settings) -> tuple[list[Memory], list[Training]]:
 
     table(("network", "width", "weights", "GFLOPs", "memory, plain", *limits), memories())
     steps = settings.epochs * math.ceil(settings.pages / settings.batch_size)
-    print(f"\nWidth {settings.width:g}, pages of {settings.size} x {settings.size}, batches of {settings.batch_size}, ")
+    print(f"\nWidth {settings.width:g}, pages of {settings.size} x {settings.size}, batches of {settings.batch_size},")
     print(f"{steps} steps, {settings.seeds} seeds; row-wise in {settings.rows} rows\n")
     seconds = step_seconds(settings)
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from hydra.utils import get_object
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import prune
@@ -582,6 +583,12 @@ def test_configuration() -> None:
     assert isinstance(model, LeanResNet)
     assert model(torch.randn(1, 1, 64, 64)).shape == (1, 10)
     assert sum(isinstance(module, LeanConv2d) for module in model.modules()) == 8
+
+
+@pytest.mark.parametrize("made", [LeanConv2d, LeanResNet, lean_resnet, leanify])
+def test_names_for_configurations(made: Any) -> None:
+    for package in ("lrcnn_lightning.models", "lrcnn_lightning.models.lean"):
+        assert get_object(f"{package}.{made.__name__}") is made
 
 
 def test_a_wrong_option_gets_one_message() -> None:
