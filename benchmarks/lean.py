@@ -1,13 +1,14 @@
-"""LeanResNet against ResNet on pages of handwriting: weights, work, activation memory and accuracy.
+"""LeanResNet against ResNet: weights, work and activation memory, and accuracy and time on pages of handwriting.
 
-    python benchmarks/lean.py                  # five networks, some minutes on two cores
-    python benchmarks/lean.py --small          # two networks on small pages, about a minute
-    python benchmarks/lean.py --seeds 3        # accuracy as the mean of three runs
+    python benchmarks/lean.py                  # five networks, some minutes on one core
+    python benchmarks/lean.py --small          # two networks, a minute or two
+    python benchmarks/lean.py --seeds 10       # accuracy as the mean of ten runs
 
-Every network is trained twice from the same weights on the same pages, plainly and row-wise, with the parts that
-`lrcnn-train` is made of and its configuration. Memory is the deterministic measure of `lrcnn_lightning.monitor`, and
-FLOPs are counted, so both are the same on every machine. Seconds are medians of alternating steps, and the time of
-row-wise training is their ratio; run it alone on the machine.
+Two tables are printed. Weights, operations and memory are the same on every machine: operations are counted, and memory
+is the deterministic measure of `lrcnn_lightning.monitor` on plans that are chosen for the limits of extra work in the
+table. Then every network is trained plainly and in a fixed number of rows, from the same weights on the same pages,
+with the parts that `lrcnn-train` is made of and its configuration. Time is that of the processor and not of the clock,
+with one thread, and the steps of all networks take turns, so that other work on the machine matters little.
 """
 
 from __future__ import annotations
@@ -16,18 +17,17 @@ import argparse
 import json
 import logging
 import math
-import os
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_module
 from lightning.pytorch import seed_everything
+from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from omegaconf import DictConfig
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -56,37 +56,81 @@ class Settings:
 
     Attributes:
         networks: names in `NETWORKS`.
-        width: factor on every network's channels.
+        memory_widths: factors on every network's channels, each of which gives a line of the first table.
+        memory_size: height and width, in pixels, of the one page whose step is measured for memory.
+        max_overheads: limits of predicted extra work, as fractions of plain work, for which plans are chosen there.
+        width: factor on every network's channels in training.
         size: height and width of the pages, in pixels.
         scale: enlargement of the digits on a page.
         pages: training pages.
         epochs: passes over them.
         batch_size: pages in a batch.
         learning_rate: the highest of the schedule.
-        memory_size: height and width, in pixels, of the one page whose step is measured for memory.
+        rows: of row-wise training.
         seeds: training runs of each kind.
         repeats: timed steps of each kind.
     """
 
     networks: tuple[str, ...] = tuple(NETWORKS)
-    width: float = 0.25
-    size: int = 256
-    scale: int = 4
-    pages: int = 200
-    epochs: int = 6
-    batch_size: int = 5
-    learning_rate: float = 0.003
+    memory_widths: tuple[float, ...] = (0.25, 1.0)
     memory_size: int = 1024
-    seeds: int = 1
-    repeats: int = 7
+    max_overheads: tuple[float, ...] = (0.35, 1.0)
+    width: float = 0.25
+    size: int = 128
+    scale: int = 2
+    pages: int = 300
+    epochs: int = 6
+    batch_size: int = 10
+    learning_rate: float = 0.003
+    rows: int = 4
+    seeds: int = 3
+    repeats: int = 9
 
 
-SMALL = Settings(networks=tuple(NETWORKS)[:2], size=128, scale=2, pages=300, batch_size=10)
+SMALL = Settings(networks=tuple(NETWORKS)[:2], memory_widths=(0.25,), pages=150, seeds=2)
 
 
 @dataclass(frozen=True)
-class Training:
-    """What the runs of one network under one strategy gave.
+class Planned:
+    """A row-wise step under one plan.
+
+    Attributes:
+        max_overhead: the limit that the plan was chosen for.
+        peak_bytes: activation memory of the step, measured.
+        overhead: predicted extra work, as a fraction of the plain step's.
+        plan: its rows and segments.
+    """
+
+    max_overhead: float
+    peak_bytes: int
+    overhead: float
+    plan: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A line of the first table.
+
+    Attributes:
+        network: its name.
+        width: factor on its channels (before the narrow one's own).
+        parameters: number of trained weights.
+        flops: floating-point operations of the forward pass of one page; a zero in a kernel counts as any weight.
+        plain_bytes: activation memory of a plain step on one page.
+        rowwise: the same, row-wise, for each limit of extra work.
+    """
+
+    network: str
+    width: float
+    parameters: int
+    flops: int
+    plain_bytes: int
+    rowwise: list[Planned]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the runs of one network gave.
 
     Attributes:
         accuracy: validation accuracy at the end, one for each seed.
@@ -98,42 +142,32 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Result:
-    """A line of the table.
+class Training:
+    """A line of the second table.
 
     Attributes:
         network: its name.
-        parameters: number of trained weights.
-        flops: floating-point operations of the forward pass of one page; a zero in a kernel counts as any weight.
-        plain_bytes: activation memory of a plain step on one page of ``memory_size``.
-        rowwise_bytes: the same, row-wise, under the plan that `strategy=two_phase` chooses.
-        plan: the choices of that plan.
-        plain_seconds: median seconds of a plain step, forward and backward, on a batch of the training pages' size.
-        rowwise_seconds: the same, row-wise; the two kinds of step alternate.
+        plan: rows and segments of its row-wise steps.
+        plain_seconds: processor seconds of a plain step, forward and backward, on one batch; the median.
+        rowwise_seconds: the same, row-wise.
         plain: plain training.
         rowwise: row-wise training.
     """
 
     network: str
-    parameters: int
-    flops: int
-    plain_bytes: int
-    rowwise_bytes: int
     plan: str
     plain_seconds: float
     rowwise_seconds: float
-    plain: Training
-    rowwise: Training
+    plain: Trained
+    rowwise: Trained
 
 
-def configuration(settings: Settings, network: str, strategy: str, seed: int) -> DictConfig:
-    """What `lrcnn-train` would be given, for one run."""
-    width = settings.width * (0.375 if network == NARROW else 1)
-    overrides = [
+def configuration(settings: Settings, network: str, *overrides: str, width: float | None = None) -> DictConfig:
+    """What `lrcnn-train` would be given, for one run; ``width`` is that of the settings unless given."""
+    width = (width or settings.width) * (0.375 if network == NARROW else 1)
+    fixed = [
         *NETWORKS[network],
         f"model.width={width}",
-        f"strategy={strategy}",
-        f"seed={seed}",
         f"data.size={settings.size}",
         f"data.scale={settings.scale}",
         f"data.train_pages={settings.pages}",
@@ -149,14 +183,46 @@ def configuration(settings: Settings, network: str, strategy: str, seed: int) ->
         "logger=none",
     ]
     with initialize_config_module("lrcnn_lightning.conf", version_base="1.3"):
-        return compose("train", overrides=overrides)
+        return compose("train", overrides=[*fixed, *overrides])
 
 
-def training(settings: Settings, network: str, strategy: str) -> Training:
+def described(module: nn.Module) -> str:
+    """Rows and segments of the plan by which a row-wise module was trained last."""
+    segments = [segment for segment in module.forward.training_plan.segments if not segment.plain]
+    rows = sorted({len(loop.rows) for segment in segments for loop in segment.loops()})
+    if not segments:
+        return "plain"
+    most, count = rows[-1], len(segments)
+    span = f"{most}" if len(rows) == 1 else f"{rows[0]} to {most}"
+    return f"{span} row{'s'[: most > 1]}, {count} segment{'s'[: count > 1]}"
+
+
+def memory(settings: Settings, network: str, width: float) -> Memory:
+    """Measure one network without computing anything."""
+    config = configuration(settings, network, width=width)
+    shape = (1, config.data.channels, settings.memory_size, settings.memory_size)
+    page = torch.empty(shape, device="meta")
+    with torch.device("meta"):
+        meta: nn.Module = build(config.model)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            meta.eval()(page)
+    module: nn.Module = build(config.model)
+    plain_bytes = measure_fake(module, page).peak_bytes
+    rowwise = []
+    for limit in settings.max_overheads:
+        lrcnn_lightning.rowwise(module, mode="two_phase", max_overhead=limit)
+        peak = measure_fake(module, page).peak_bytes
+        rowwise.append(Planned(limit, peak, module.forward.training_plan.overhead, described(module)))
+        lrcnn_lightning.restore(module)
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    return Memory(network, width, parameters, counter.get_total_flops(), plain_bytes, rowwise)
+
+
+def trained(settings: Settings, network: str, *strategy: str) -> Trained:
     """Train once for each seed."""
     accuracy, loss = [], []
     for seed in range(settings.seeds):
-        config = configuration(settings, network, strategy, seed)
+        config = configuration(settings, network, f"seed={seed}", *strategy)
         seed_everything(seed, verbose=False)
         task = build(
             config.task,
@@ -168,99 +234,97 @@ def training(settings: Settings, network: str, strategy: str) -> Training:
         trainer.fit(task, datamodule=build(config.data))
         accuracy.append(float(trainer.callback_metrics["val/accuracy"]))
         loss.append(float(trainer.callback_metrics["val/loss"]))
-    return Training(accuracy, loss)
+    return Trained(accuracy, loss)
 
 
-def step_seconds(settings: Settings, config: DictConfig) -> tuple[float, float]:
-    """Median seconds of a plain and of a row-wise step."""
-    modules: list[nn.Module] = [build(config.model), build(config.model)]
-    lrcnn_lightning.rowwise(modules[1], mode="two_phase")
+def step_seconds(settings: Settings) -> dict[str, tuple[float, float, str]]:
+    """For each network, median processor seconds of a plain and of a row-wise step, and the plan of the latter."""
+    pairs: dict[str, tuple[nn.Module, nn.Module]] = {}
+    for network in settings.networks:
+        config = configuration(settings, network)
+        pairs[network] = (build(config.model), build(config.model))
+        lrcnn_lightning.rowwise(pairs[network][1], mode="two_phase", rows=settings.rows)
     images = torch.randn(settings.batch_size, config.data.channels, settings.size, settings.size)
-    seconds: tuple[list[float], list[float]] = ([], [])
+    seconds: dict[tuple[str, int], list[float]] = {}
     for repeat in range(settings.repeats + 1):
-        for module, found in zip(modules, seconds, strict=True):
-            module.zero_grad(set_to_none=True)
-            start = time.perf_counter()
-            module(images).sum().backward()
-            if repeat:  # the first step plans and warms up
-                found.append(time.perf_counter() - start)
-    return statistics.median(seconds[0]), statistics.median(seconds[1])
+        for network, pair in pairs.items():
+            for kind, module in enumerate(pair):
+                module.zero_grad(set_to_none=True)
+                start = time.process_time()
+                module(images).sum().backward()
+                if repeat:  # the first step plans and warms up
+                    seconds.setdefault((network, kind), []).append(time.process_time() - start)
+    medians = {key: statistics.median(found) for key, found in seconds.items()}
+    return {name: (medians[name, 0], medians[name, 1], described(pair[1])) for name, pair in pairs.items()}
 
 
-def result(settings: Settings, network: str) -> Result:
-    """Measure and train one network."""
-    config = configuration(settings, network, "two_phase", 0)
-    with torch.device("meta"):
-        meta: nn.Module = build(config.model)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            meta.eval()(torch.empty(1, config.data.channels, settings.size, settings.size))
-    module: nn.Module = build(config.model)
-    page = torch.empty(1, config.data.channels, settings.memory_size, settings.memory_size, device="meta")
-    plain_bytes = measure_fake(module, page).peak_bytes
-    lrcnn_lightning.rowwise(module, mode="two_phase")
-    rowwise_bytes = measure_fake(module, page).peak_bytes
-    plain_seconds, rowwise_seconds = step_seconds(settings, config)
-    choices = module.forward.training_plan.choices  # type: ignore[union-attr]
-    return Result(
-        network=network,
-        parameters=sum(parameter.numel() for parameter in module.parameters()),
-        flops=counter.get_total_flops(),
-        plain_bytes=plain_bytes,
-        rowwise_bytes=rowwise_bytes,
-        plan=f"{choices.mode}, {choices.rows} rows, {choices.segments} segments",
-        plain_seconds=plain_seconds,
-        rowwise_seconds=rowwise_seconds,
-        plain=training(settings, network, "plain"),
-        rowwise=training(settings, network, "two_phase"),
-    )
+def table(headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    """Print a table in Markdown, each row as soon as it is there."""
+    print("| " + " | ".join(headings) + " |")
+    print("| " + " | ".join(("---",) + ("---:",) * (len(headings) - 1)) + " |", flush=True)
+    for row in rows:
+        print("| " + " | ".join(row) + " |", flush=True)
 
 
-HEADINGS = (
-    "network",
-    "weights",
-    "MFLOPs",
-    "memory, plain",
-    "memory, row-wise",
-    "accuracy, plain",
-    "accuracy, row-wise",
-    "s a step, plain",
-    "time, row-wise",
-)
+def memory_cells(row: Memory) -> tuple[str, ...]:
+    """What the first table shows of a network."""
+    planned = [
+        text
+        for found in row.rowwise
+        for text in (f"{format_size(found.peak_bytes)} ({100 * found.overhead:+.0f} %)", found.plan)
+    ]
+    work = f"{row.flops / 1e9:.1f}"
+    return (row.network, f"{row.width:g}", f"{row.parameters:,}", work, format_size(row.plain_bytes), *planned)
 
 
-def line(cells: tuple[str, ...]) -> str:
-    """A line of the table, in Markdown."""
-    return "| " + " | ".join(cells) + " |"
+def training_cells(row: Training) -> tuple[str, ...]:
+    """What the second table shows of a network."""
+    ratio = row.rowwise_seconds / row.plain_seconds
+    times = (f"{row.plain_seconds:.3f}", f"{ratio:.2f}")
+    return (row.network, accuracies(row.plain), accuracies(row.rowwise), *times, row.plan)
 
 
-def cells(row: Result) -> tuple[str, ...]:
-    """What the table shows of a result."""
-    return (
-        row.network,
-        f"{row.parameters:,}",
-        f"{row.flops / 1e6:.0f}",
-        format_size(row.plain_bytes),
-        format_size(row.rowwise_bytes),
-        accuracies(row.plain),
-        accuracies(row.rowwise),
-        f"{row.plain_seconds:.3f}",
-        f"{row.rowwise_seconds / row.plain_seconds:.2f}",
-    )
-
-
-def accuracies(trained: Training) -> str:
+def accuracies(found: Trained) -> str:
     """Mean accuracy, and its standard deviation where there are several seeds."""
-    mean = statistics.mean(trained.accuracy)
-    return f"{mean:.2f}" + (f" ± {statistics.stdev(trained.accuracy):.2f}" if len(trained.accuracy) > 1 else "")
+    mean = statistics.mean(found.accuracy)
+    return f"{mean:.2f}" + (f" ± {statistics.stdev(found.accuracy):.2f}" if len(found.accuracy) > 1 else "")
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without Lightning's remarks on hardware and data loaders."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def measure(settings: Settings) -> tuple[list[Memory], list[Training]]:
+    """Print both tables, and return what is in them."""
+    first: list[Memory] = []
+    second: list[Training] = []
+    print(f"One page of {settings.memory_size} x {settings.memory_size}: GFLOPs of the forward pass, activation memory")
+    print(
+        "of a training step, and, for each limit of extra work, that of a row-wise step with its extra work and plan\n"
+    )
+    limits = [text for limit in settings.max_overheads for text in (f"max_overhead={limit:g}", "plan")]
+
+    def memories() -> Iterable[tuple[str, ...]]:
+        for width in settings.memory_widths:
+            for network in settings.networks:
+                first.append(memory(settings, network, width))
+                yield memory_cells(first[-1])
+
+    table(("network", "width", "weights", "GFLOPs", "memory, plain", *limits), memories())
+    steps = settings.epochs * math.ceil(settings.pages / settings.batch_size)
+    print(f"\nWidth {settings.width:g}, pages of {settings.size} x {settings.size}, batches of {settings.batch_size},")
+    print(f"{steps} steps, {settings.seeds} seeds; row-wise in {settings.rows} rows\n")
+    seconds = step_seconds(settings)
+
+    def trainings() -> Iterable[tuple[str, ...]]:
+        for network in settings.networks:
+            plain, rowwise, plan = seconds[network]
+            runs = (
+                trained(settings, network, "strategy=plain"),
+                trained(settings, network, "strategy=two_phase", f"strategy.rows={settings.rows}"),
+            )
+            second.append(Training(network, plan, plain, rowwise, *runs))
+            yield training_cells(second[-1])
+
+    headings = ("network", "accuracy, plain", "accuracy, row-wise", "s a step, plain", "time, row-wise", "plan")
+    table(headings, trainings())
+    return first, second
 
 
 def positive(text: str) -> int:
@@ -273,30 +337,24 @@ def positive(text: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="two networks on small pages")
-    parser.add_argument("--seeds", type=positive, default=1, help="training runs of each kind (default: 1)")
-    parser.add_argument("--epochs", type=positive, help="passes over the pages, instead of 6")
-    parser.add_argument("--threads", type=positive, default=os.cpu_count() or 1, help="of PyTorch (default: all cores)")
+    parser.add_argument("--small", action="store_true", help="two networks, and one width")
+    parser.add_argument("--seeds", type=positive, help="training runs of each kind (default: 3)")
+    parser.add_argument("--epochs", type=positive, help="passes over the pages (default: 6)")
     parser.add_argument("--output", type=Path, default=Path("outputs/lean.json"), help="default: %(default)s")
     arguments = parser.parse_args()
-    settings = replace(SMALL if arguments.small else Settings(), seeds=arguments.seeds)
-    if arguments.epochs:
-        settings = replace(settings, epochs=arguments.epochs)
-    torch.set_num_threads(arguments.threads)
+    given = {name: getattr(arguments, name) for name in ("seeds", "epochs") if getattr(arguments, name)}
+    settings = replace(SMALL if arguments.small else Settings(), **given)
+    torch.set_num_threads(1)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-
-    steps = settings.epochs * math.ceil(settings.pages / settings.batch_size)
-    print(f"pages of {settings.size} x {settings.size}, batches of {settings.batch_size}, {steps} steps; FLOPs of the")
-    print(f"forward pass of one page; activation memory of a step on one page of {settings.memory_size} pixels squared")
-    print()
-    print(line(HEADINGS))
-    print(line(("---",) + ("---:",) * (len(HEADINGS) - 1)), flush=True)
-    results = []
-    with quiet():
-        for network in settings.networks:
-            results.append(result(settings, network))
-            print(line(cells(results[-1])), flush=True)
-    report = {"settings": asdict(settings), "results": [asdict(row) for row in results]}
+    # Lightning's remarks on hardware and data loaders are left out.  What plans have to say is not.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.simplefilter("ignore", PossibleUserWarning)
+    first, second = measure(settings)
+    report = {
+        "settings": asdict(settings),
+        "memory": [asdict(row) for row in first],
+        "training": [asdict(row) for row in second],
+    }
     arguments.output.write_text(json.dumps(report, indent=2) + "\n")
     print(f"\nwritten: {arguments.output}")
 

@@ -6,16 +6,22 @@ import copy
 import importlib.util
 import itertools
 import json
+import math
+import pickle
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from hydra.utils import get_object
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import lrcnn_lightning
@@ -176,6 +182,25 @@ def test_initial_result_has_the_variance_of_hes_rule_half_from_each_part(options
         assert module(features).var().item() == pytest.approx(1, rel=0.15)
 
 
+@pytest.mark.parametrize("stencil", ["4-point", "5-point", "full"])
+def test_symbolic_trace(stencil: Any) -> None:
+    model = lean_resnet(SHORT, width=0.125, num_classes=3, stencil=stencil).eval()
+    images = torch.randn(1, 3, 40, 40)
+    assert torch.equal(torch.fx.symbolic_trace(model)(images), model(images))
+
+
+def test_pickle() -> None:
+    model = lean_resnet(SHORT, width=0.125, num_classes=3, group_size=2).eval()
+    images = torch.randn(1, 3, 40, 40)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(images), model(images))
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    module = LeanConv2d(np.int64(8), np.int32(4), (np.int64(3), 3), group_size=np.int64(2))
+    assert (module.in_channels, module.groups, type(module.kernel_size[0])) == (8, 2, int)
+    assert lean_resnet(width=np.float32(0.125)).conv1.out_channels == 8
+
+
 def test_half_precision_and_autocast() -> None:
     features = torch.randn(1, 8, 8, 8)
     assert LeanConv2d(8, 8, dtype=torch.bfloat16)(features.bfloat16()).dtype is torch.bfloat16
@@ -202,7 +227,22 @@ def test_half_precision_and_autocast() -> None:
         (lambda: LeanConv2d(8, 12, group_size=3), "=8 and out_channels=12, which is 4 .given: 3.; allowed are 1, 2, 4"),
         (lambda: lean_resnet(20), "18, 34, 50, 101, 152, or four positive numbers .* .given: 20"),
         (lambda: lean_resnet([1, 1]), "four positive numbers of blocks.* .given: .1, 1"),
-        (lambda: lean_resnet(width=0), "width of LeanResNet must be positive .given: 0"),
+        (lambda: LeanConv2d(8, 8, 3.0), "kernel_size .* at least 1, or two of them.* .given: 3.0"),  # type: ignore[arg-type]
+        (lambda: LeanConv2d(8, 8, stride="2"), "stride .* .given: '2'"),  # type: ignore[arg-type]
+        (lambda: LeanConv2d(8, 8, dilation=None), "dilation .* .given: None"),  # type: ignore[arg-type]
+        (lambda: LeanConv2d(8, 8, stride=True), "stride .* .given: True"),
+        (lambda: LeanConv2d(8, 8, group_size=True), "group_size .* at least 1 .given: True"),
+        (lambda: lean_resnet([True] * 4), "four positive numbers of blocks.* .given: .True"),
+        (lambda: lean_resnet(18.0), "one of 18, .* .given: 18.0"),  # type: ignore[arg-type]
+        (
+            lambda: lean_resnet(in_channels=0),
+            "in_channels of LeanResNet must be a whole number of at least 1 .given: 0",
+        ),
+        (lambda: lean_resnet(num_classes=2.5), "num_classes of LeanResNet .* at least 1 .given: 2.5"),  # type: ignore[arg-type]
+        (lambda: lean_resnet(width=0), "width of LeanResNet must be positive, .* .given: 0"),
+        (lambda: lean_resnet(width=math.nan), "width of LeanResNet .* finite number .* .given: nan"),
+        (lambda: lean_resnet(width=math.inf), "width of LeanResNet .* finite number .* .given: inf"),
+        (lambda: lean_resnet(width="1"), "width of LeanResNet .* .given: '1'"),  # type: ignore[arg-type]
         (lambda: lean_resnet(stencil="3-point"), "stencil of LeanResNet must be one of"),  # type: ignore[arg-type]
         (lambda: lean_resnet(width=0.25, group_size=3), "divide the 16 channels of its first stage.*given: 3"),
         (lambda: lean_resnet(group_size=0), "group_size of LeanResNet .* at least 1"),
@@ -210,7 +250,7 @@ def test_half_precision_and_autocast() -> None:
         (lambda: leanify(nn.Linear(2, 2)), "nothing to replace in Linear"),
         (lambda: leanify(resnet18(width=0.125), keep=["layer5"]), "submodules of ResNet .given: 'layer5'.*'conv1'"),
         (lambda: leanify(resnet18(width=0.125), keep="layer1"), "must be a list of names"),
-        (lambda: leanify(resnet18(width=0.125), group_size=3), "layer1.0.conv1: group_size .* or name it in `keep`"),
+        (lambda: leanify(resnet18(width=0.125), group_size=0), "group_size of leanify .* at least 1 .given: 0"),
     ],
 )
 def test_wrong_options_are_named(make: Callable[[], nn.Module], words: str) -> None:
@@ -367,6 +407,92 @@ def test_what_is_left_alone() -> None:
     assert lean_names(leanify(module)) == {"6"}
 
 
+def test_a_stem_reads_an_image() -> None:
+    """Neither the first convolution of a part of a network, nor one alone, nor one behind another stem is a stem."""
+    stage = resnet18(width=0.125).layer2
+    assert "0.conv1" in lean_names(leanify(stage))
+    assert isinstance(leanify(nn.Conv2d(8, 8, 3, stride=2)), LeanConv2d)
+    assert isinstance(leanify(nn.Conv2d(3, 6, 3, stride=2)), LeanConv2d)
+    patches = nn.Sequential(nn.Conv2d(3, 64, 4, stride=4), nn.Conv2d(64, 128, 3, stride=2))
+    assert lean_names(leanify(patches)) == {"1"}
+    colours = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.Conv2d(6, 6, 3))
+    assert lean_names(leanify(colours)) == {"1"}
+    assert lean_names(leanify(colours, strided_stem=True)) == {"0", "1"}
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 64])
+def test_groups_are_as_large_as_suits_a_convolution(size: int) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 3), nn.Conv2d(12, 32, 3), nn.Conv2d(32, 32, 3))
+    lean = leanify(module, group_size=size)
+    assert isinstance(lean, nn.Sequential)
+    want = {2: (1, 2, 2, 2), 3: (1, 2, 2, 2), 4: (1, 4, 4, 4), 64: (1, 4, 4, 32)}[size]
+    assert tuple(part.group_size for part in lean) == want
+    assert lean(torch.randn(1, 3, 12, 12)).shape == module(torch.randn(1, 3, 12, 12)).shape
+
+
+@pytest.mark.parametrize("build_network", [vgg16, vgg16_bn, unet], ids=["vgg16", "vgg16_bn", "unet"])
+def test_groups_on_networks_that_read_an_image_at_stride_1(build_network: Callable[..., nn.Module]) -> None:
+    with torch.device("meta"):
+        lean = leanify(build_network(), group_size=4)
+    sizes = [part.group_size for part in lean.modules() if isinstance(part, LeanConv2d)]
+    assert sizes[0] == 1 and set(sizes[1:]) == {4}
+
+
+def tied(first: nn.Module, second: nn.Module, name: str) -> nn.Sequential:
+    setattr(second, name, getattr(first, name))
+    return nn.Sequential(first, nn.ReLU(), second)
+
+
+def test_convolutions_that_share_a_parameter() -> None:
+    def convolution() -> nn.Conv2d:
+        return nn.Conv2d(8, 8, 3, padding=1)
+
+    module = tied(convolution(), convolution(), "weight")
+    with pytest.raises(ConfigError, match=r"0.weight and 2.weight are one parameter of Sequential.*`keep`"):
+        leanify(module)
+    with pytest.raises(ConfigError, match=r"0.weight and 2.weight"):
+        leanify(module, keep=["0"])
+    with pytest.raises(ConfigError, match=r"0.bias and 2.bias"):
+        leanify(tied(convolution(), nn.BatchNorm2d(8), "bias"))
+    lean = leanify(nn.Sequential(module, convolution()), keep=["0"])
+    assert lean_names(lean) == {"1"}
+    assert lean.get_parameter("0.0.weight") is lean.get_parameter("0.2.weight")
+
+
+COMPUTED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "weight norm": lambda module: torch.nn.utils.weight_norm(module),  # type: ignore[arg-type]
+    "spectral norm": lambda module: torch.nn.utils.spectral_norm(module),
+    "pruned weight": lambda module: prune.l1_unstructured(module, "weight", 0.5),
+    "pruned bias": lambda module: prune.l1_unstructured(module, "bias", 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("change", COMPUTED.values(), ids=COMPUTED)
+def test_convolutions_with_computed_weights_are_left(change: Callable[[nn.Module], nn.Module]) -> None:
+    module = nn.Sequential(nn.Conv2d(8, 8, 3), change(nn.Conv2d(8, 8, 3)))
+    features = torch.randn(1, 8, 9, 9)
+    module.eval()(features)
+    lean = leanify(module)
+    assert lean_names(lean) == {"0"}
+    assert isinstance(lean, nn.Sequential)
+    assert torch.equal(lean[1](features), module[1](features))
+    lean(features).sum().backward()
+    assert all(parameter.grad is not None for parameter in lean.parameters())
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_frozen_convolutions_are_named() -> None:
+    module = resnet18(width=0.125)
+    module.layer1.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"frozen.*layer1.0.conv1, layer1.0.conv2, layer1.1.conv1 and 1 more"):
+        lean = leanify(module)
+    assert not lean.get_parameter("layer1.0.bn1.weight").requires_grad
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        leanify(module, keep=["layer1"])
+
+
 def test_a_shared_convolution_stays_shared() -> None:
     shared = nn.Conv2d(8, 8, 3, padding=1)
     lean = leanify(nn.Sequential(shared, nn.ReLU(), shared))
@@ -459,9 +585,23 @@ def test_configuration() -> None:
     assert sum(isinstance(module, LeanConv2d) for module in model.modules()) == 8
 
 
+@pytest.mark.parametrize("made", [LeanConv2d, LeanResNet, lean_resnet, leanify])
+def test_names_for_configurations(made: Any) -> None:
+    for package in ("lrcnn_lightning.models", "lrcnn_lightning.models.lean"):
+        assert get_object(f"{package}.{made.__name__}") is made
+
+
 def test_a_wrong_option_gets_one_message() -> None:
     config = configured("model.stencil=3-point")
     with pytest.raises(CommandError, match=r"^error: stencil of LeanResNet must be one of .*3-point"), user_errors():
+        build(config.model)
+
+
+@pytest.mark.parametrize("model", ["lean_resnet", "resnet18", "vgg16", "unet"])
+def test_a_width_that_is_no_number(model: str) -> None:
+    with initialize_config_module("lrcnn_lightning.conf", version_base="1.3"):
+        config = compose("train", overrides=[f"model={model}", "model.width=foo"])
+    with pytest.raises(CommandError, match=r"^error: width of \w+ must be positive, .*'foo'"), user_errors():
         build(config.model)
 
 
@@ -471,14 +611,20 @@ def test_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     benchmark = importlib.util.module_from_spec(specification)
     monkeypatch.setitem(sys.modules, "lean_benchmark", benchmark)
     specification.loader.exec_module(benchmark)
-    tiny = {"size": 64, "scale": 2, "pages": 10, "epochs": 1, "width": 0.125, "memory_size": 128}
+    tiny = {"pages": 10, "epochs": 1, "width": 0.125, "memory_widths": (0.125,), "memory_size": 128, "seeds": 1}
     monkeypatch.setitem(benchmark.NETWORKS, "short", ["model=lean_resnet", "model.depth=[1,1,1,1]"])
     monkeypatch.setattr(benchmark, "SMALL", benchmark.Settings(networks=("short",), **tiny))
     output = tmp_path / "folder" / "lean.json"
-    monkeypatch.setattr("sys.argv", ["lean.py", "--small", "--threads", "1", "--output", str(output)])
+    monkeypatch.setattr("sys.argv", ["lean.py", "--small", "--output", str(output)])
     benchmark.main()
-    (row,) = json.loads(output.read_text())["results"]
+    report = json.loads(output.read_text())
+    (row,), (trained,) = report["memory"], report["training"]
     assert row["parameters"] == parameter_count(lean_resnet(SHORT, width=0.125, num_classes=10))
-    assert 0 < row["rowwise_bytes"] < row["plain_bytes"]
-    assert row["rowwise"]["loss"] == pytest.approx(row["plain"]["loss"], rel=1e-2)
-    assert f"| {row['network']} | {row['parameters']:,} |" in capsys.readouterr().out
+    low, high = row["rowwise"]
+    assert (low["max_overhead"], high["max_overhead"]) == (0.35, 1.0)
+    assert 0 < high["peak_bytes"] <= low["peak_bytes"] < row["plain_bytes"]
+    assert "4 rows" in trained["plan"]  # the rows are really cut
+    assert trained["rowwise"]["loss"] == pytest.approx(trained["plain"]["loss"], rel=1e-2)
+    printed = capsys.readouterr().out
+    assert f"| {row['network']} | 0.125 | {row['parameters']:,} |" in printed
+    assert trained["plan"] in printed

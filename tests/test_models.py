@@ -130,7 +130,7 @@ def test_zero_init_makes_every_block_its_shortcut() -> None:
         (lambda: vgg16(head="linear"), "'global' or 'classic'"),  # type: ignore[arg-type]
         (lambda: resnet50(width=-1), "width of ResNet must be positive"),
         (lambda: unet(width=0), "width of UNet must be positive"),
-        (lambda: unet(depth=0), "depth of UNet must be at least 1"),
+        (lambda: unet(depth=0), "depth of UNet must be a whole number of at least 1"),
         (lambda: unet(upsampling="nearest"), "'transposed' or 'bilinear'"),  # type: ignore[arg-type]
     ],
 )

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lrcnn_lightning.errors import ConfigError
+from lrcnn_lightning.models.option import positive, whole
+
 __all__ = ["UNet", "unet"]
 
 
@@ -80,7 +83,7 @@ class UNet(nn.Module):
         upsampling: ``"transposed"`` (convolutions) or ``"bilinear"``.
 
     Raises:
-        ValueError: for an unknown ``upsampling``, a ``depth`` below one or a ``width`` that is not positive.
+        ConfigError: for an unknown ``upsampling``, a ``depth`` below one or a ``width`` that is not positive.
     """
 
     def __init__(
@@ -94,12 +97,10 @@ class UNet(nn.Module):
         upsampling: Literal["transposed", "bilinear"] = "transposed",
     ) -> None:
         super().__init__()
-        if depth < 1:
-            raise ValueError(f"depth of UNet must be at least 1 (given: {depth})")
-        if width <= 0:
-            raise ValueError(f"width of UNet must be positive (given: {width})")
+        depth = whole("UNet", "depth", depth)
+        width = positive("UNet", "width", width)
         if upsampling not in ("transposed", "bilinear"):
-            raise ValueError(f"upsampling of UNet must be 'transposed' or 'bilinear' (given: {upsampling!r})")
+            raise ConfigError(f"upsampling of UNet must be 'transposed' or 'bilinear' (given: {upsampling!r})")
         channels = [max(1, round(base_channels * width * 2**level)) for level in range(depth + 1)]
         self.stem = DoubleConv(in_channels, channels[0])
         self.down = nn.ModuleList(

@@ -13,6 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lrcnn_lightning.errors import ConfigError
+from lrcnn_lightning.models.option import positive
+
 __all__ = ["VGG", "vgg16", "vgg16_bn"]
 
 VGG16_STAGES: tuple[tuple[int, ...], ...] = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
@@ -33,7 +36,7 @@ class VGG(nn.Module):
         dropout: probability of the classic head's dropout.
 
     Raises:
-        ValueError: for an unknown ``head`` or a ``width`` that is not positive.
+        ConfigError: for an unknown ``head`` or a ``width`` that is not positive.
     """
 
     def __init__(
@@ -48,10 +51,9 @@ class VGG(nn.Module):
         dropout: float = 0.5,
     ) -> None:
         super().__init__()
-        if width <= 0:
-            raise ValueError(f"width of VGG must be positive (given: {width})")
+        width = positive("VGG", "width", width)
         if head not in ("global", "classic"):
-            raise ValueError(f"head of VGG must be 'global' or 'classic' (given: {head!r})")
+            raise ConfigError(f"head of VGG must be 'global' or 'classic' (given: {head!r})")
 
         layers: list[nn.Module] = []
         channels = in_channels
