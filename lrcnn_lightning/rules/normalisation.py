@@ -241,7 +241,7 @@ def expand_batch_norm(builder: Builder, node: Node) -> bool:
     if isinstance(running_mean, Ref):
         args: tuple[Any, ...] = (mean, variance, running_mean, running_variance, momentum, count)
         if momentum == CUMULATIVE:
-            args = (*args, builder.batches_of(running_mean))
+            args = (*args, builder.batches_of(node, running_mean))
         builder.emit(node, update_statistics, args, (), "statistics")
     return True
 
