@@ -7,7 +7,8 @@ it runs whole; its result, if it is a map again, gets a row axis anew, so that w
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -64,6 +65,21 @@ class RowGraph:
         return self.graph.readers()
 
     @cached_property
+    def value_names(self) -> list[str]:
+        """A name for each value, of its own and without blanks: weights by the qualified name."""
+        return _unique(str(v.source) if v.kind.value in ("parameter", "buffer") else v.name for v in self.values)
+
+    @cached_property
+    def node_names(self) -> list[str]:
+        """A name for each node, of its own and without blanks."""
+        return _unique(node.name for node in self.nodes)
+
+    @property
+    def axis(self) -> int | None:
+        """The dimension along which the inputs are cut into rows; None where none is."""
+        return next((self.axes[value.index].row for value in self.graph.inputs if self.is_map(value.index)), None)
+
+    @cached_property
     def dependent(self) -> set[int]:
         """Values that depend on the data of an input."""
         return dependent_values(self.graph)
@@ -116,6 +132,13 @@ class RowGraph:
             for node, role in zip(self.nodes, self.roles, strict=True)
             if role is Role.WHOLE and any(self.is_map(index) for index in (*node.inputs, *node.outputs))
         ]
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    """The names without blanks and commas, with their number where two agree."""
+    plain = [name.replace(" ", "_").replace(",", "_") for name in names]
+    count = Counter(plain)
+    return [name if count[name] == 1 else f"{name}%{index}" for index, name in enumerate(plain)]
 
 
 def lower(graph: Graph, axis: int | str = "auto") -> RowGraph:
