@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import compress
 
 import torch
 
@@ -19,6 +20,7 @@ from lrcnn_lightning.graph import Graph, Node, Value, ValueKind, dependent_value
 from lrcnn_lightning.rules.expansion import Builder
 from lrcnn_lightning.rules.rule import WHOLE, Axes, Reduction, RowRule, Scope, find_factory
 from lrcnn_lightning.rules.synchronised import merge_processes
+from lrcnn_lightning.rules.unread import useful
 
 __all__ = ["Role", "RowGraph", "lower"]
 
@@ -146,6 +148,7 @@ def lower(graph: Graph, axis: int | str = "auto") -> RowGraph:
 
     ``axis`` is the dimension of the input that is split, or ``"auto"``: the longest spatial one (of equals the
     first; of a volume on the CPU the last).
+    Nodes of which nobody reads the results are left out (`unread`).
     Raises `InputError` when no input has a spatial axis, or the given one is none.
     """
     dimension, seed = _row_dimension(graph, axis)
@@ -177,8 +180,13 @@ def lower(graph: Graph, axis: int | str = "auto") -> RowGraph:
             roles.append(Role.WHOLE)
             for output in node.outputs:
                 axes[output] = _seed(builder.values[output], dimension, rank, samples)
-    graph = replace(graph, values=tuple(builder.values), nodes=tuple(builder.nodes))
-    return RowGraph(graph, tuple(roles), tuple(rules), axes, batch_splits)
+    kept = useful(builder.nodes, rules, graph.output_values())
+    nodes = tuple(compress(builder.nodes, kept))
+    unmade = {output for node in builder.nodes for output in node.outputs}
+    unmade -= {output for node in nodes for output in node.outputs}
+    axes = {index: given for index, given in axes.items() if index not in unmade}
+    graph = replace(graph, values=tuple(builder.values), nodes=nodes)
+    return RowGraph(graph, tuple(compress(roles, kept)), tuple(compress(rules, kept)), axes, batch_splits)
 
 
 def _expanded(graph: Graph, builder: Builder, dependent: set[int]) -> Iterator[Node]:

@@ -206,7 +206,7 @@ def _update_statistics(
                 running.copy_(before.lerp(now, 1 / batches.to(now.dtype)))
 
 
-update_statistics = Operator("update_statistics", _update_statistics)
+update_statistics = Operator("update_statistics", _update_statistics, effect=True)
 
 
 def _channels_and_count(builder: Builder, x: Ref, groups: int | None) -> tuple[int, int]:

@@ -71,7 +71,7 @@ def _merge_processes(
     return result
 
 
-merge_processes = Operator("merge_processes", _merge_processes)
+merge_processes = Operator("merge_processes", _merge_processes, effect=True)
 
 
 @expands(SYNC_BATCH_NORM)
