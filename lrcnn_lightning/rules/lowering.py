@@ -169,6 +169,8 @@ def lower(graph: Graph, axis: int | str = "auto") -> RowGraph:
         if any(axes.get(index, WHOLE).row is not None for index in node.inputs):
             factory = find_factory(node.op)
             rule = None if factory is None else factory(Scope(builder.values, axes, node))
+            if isinstance(rule, RowRule) and _without_rows(builder, node, rule):
+                rule = None
         rules.append(rule)
         if isinstance(rule, RowRule):
             roles.append(Role.ROW)
@@ -187,6 +189,12 @@ def lower(graph: Graph, axis: int | str = "auto") -> RowGraph:
     axes = {index: given for index, given in axes.items() if index not in unmade}
     graph = replace(graph, values=tuple(builder.values), nodes=nodes)
     return RowGraph(graph, tuple(compress(roles, kept)), tuple(compress(rules, kept)), axes, batch_splits)
+
+
+def _without_rows(builder: Builder, node: Node, rule: RowRule) -> bool:
+    """Whether a result has no rows, as an empty slice of a map has: there is nothing to loop over."""
+    given = zip(node.outputs, rule.axes, strict=True)
+    return any(axes.row is not None and builder.values[output].shape[axes.row] == 0 for output, axes in given)
 
 
 def _expanded(graph: Graph, builder: Builder, dependent: set[int]) -> Iterator[Node]:
@@ -217,10 +225,13 @@ def _row_dimension(graph: Graph, axis: int | str) -> tuple[int, Value]:
         return max(range(2, rank), key=lambda d: (largest.shape[d], order * d)), largest
     assert isinstance(axis, int)
     dimension = axis + rank if axis < 0 else axis
-    if not 2 <= dimension < rank:
+    spatial = 2 <= dimension < rank
+    if not spatial or largest.shape[dimension] < 2:
+        allowed = ["'auto'", *(str(d) for d in range(2, rank) if largest.shape[d] > 1)]
+        what = f"has size {largest.shape[dimension]} in" if spatial else "is no spatial axis of"
         raise InputError(
-            f"axis={axis} is no spatial axis of an input of shape {list(largest.shape)}: "
-            f"allowed are 'auto' and {', '.join(str(d) for d in range(2, rank))}"
+            f"axis={axis} {what} an input of shape {list(largest.shape)}: "
+            f"allowed {'is' if len(allowed) == 1 else 'are'} {', '.join(allowed)}"
         )
     return dimension, largest
 
