@@ -201,7 +201,8 @@ class RowwiseForward:
             self._warn_of_captures(len(alike), f"its arguments that are no tensors are now {list(others)}")
         with _put_back(self.module, self.previous):
             captured = capture(self.module, args, kwargs)
-        graph = lower(captured, self.config.axis)
+        axis = self.config.axis if self.given is None else self.given.axis_of(self.config.axis)
+        graph = lower(captured, axis)
         self._graphs = [*self._graphs[1 - _CACHED :], (key, graph)]
         return inputs, graph
 

@@ -112,3 +112,24 @@ def test_batch_norm_that_averages_over_all_batches() -> None:
     assert_same_step(module, images, mode="overlap", rows=3)
     assert_same_step(module.eval(), images, mode="two_phase", rows=4)
     assert module[1].momentum is None
+
+
+def test_batch_norm_that_averages_over_its_calls_too() -> None:
+    """A layer that is called twice counts twice before any rows run, and the mean of the first call was taken for one
+    of two batches.
+    """
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4, momentum=None)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.norm(self.before(x))
+            result: torch.Tensor = self.norm(y.relu()) + y
+            return result
+
+    torch.manual_seed(5)
+    module, images = Twice().double(), torch.randn(2, 2, 13, 8, dtype=torch.float64)
+    assert_same_step(module, images, mode="two_phase", rows=4)
+    assert_same_step(module, images, mode="overlap", rows=3, segments=2)

@@ -339,9 +339,17 @@ def test_more_work_than_is_allowed_is_warned_of_with_figures(warned: list[str]) 
     assert message.startswith("row-wise module 'body' (Sequential): no plan was found whose extra work is within")
     assert f"{100 * plan.overhead:+.0f} % predicted" in message
     assert f"plain PyTorch {format_size(plan.plain_peak_bytes)}" in message
-    assert "leave out mode='overlap' or rows=4" in message
-    advised = float(message.rpartition("max_overhead=")[2])
-    again = lrcnn_lightning.plan(network(), torch.empty(2, 3, 16, 16), mode="overlap", rows=4, max_overhead=advised)
+    assert "too small for rows to pay" in message and "max_overhead=0.1;" in message  # of maps of 16 x 16
+
+
+def test_what_helps_against_more_work_than_is_allowed() -> None:
+    """The advice once was max_overhead=170 for maps of a few kilobytes."""
+    large = torch.empty(2, 3, 256, 256, device="meta")
+    options: dict[str, Any] = {"mode": "overlap", "rows": 16}
+    (note,) = lrcnn_lightning.plan(network(), large, max_overhead=0.01, **options).notes
+    assert "leave out mode='overlap' or rows=16" in note.text and "too small" not in note.text
+    advised = float(note.text.rpartition("max_overhead=")[2])
+    again = lrcnn_lightning.plan(network(), large, max_overhead=advised, **options)
     assert "max_overhead" not in [note.option for note in again.notes]
 
 

@@ -18,6 +18,7 @@ from lrcnn_lightning import ConfigError, PlanError
 from lrcnn_lightning.models import resnet50, unet
 from lrcnn_lightning.plan.keeping import KEEPINGS
 from lrcnn_lightning.plan.plan import Choices, Plan, build_plan
+from lrcnn_lightning.plan.residency import KEEP
 from lrcnn_lightning.plan.saved import load_plans
 from lrcnn_lightning.plan.schedule import Instruction, parse, validate
 from tests.exact import assert_same_step
@@ -175,11 +176,59 @@ def test_an_edited_plan_is_used_as_edited() -> None:
     assert {name: used["residency"][name] for name in used["exceptions"]} == used["exceptions"]
 
 
+def test_a_saved_plan_has_its_axis() -> None:
+    """It was left out, and the plan was then made again along the longest axis."""
+    module, x = Mixed().double(), torch.randn(2, 3, 20, 24, dtype=torch.float64)
+    data = lrcnn_lightning.plan(module, x, axis=2, mode="two_phase", rows=5).to_dict()
+    ours = lrcnn_lightning.rowwise(copy.deepcopy(module), plan=data)
+    ours(x)
+    assert ours.__dict__["forward"].training_plan.to_dict() == data
+    lrcnn_lightning.rowwise(copy.deepcopy(module), plan=data, axis=-2)(x)
+    with pytest.raises(PlanError, match="cuts dimension 2 of the input into rows, and here it is dimension 3"):
+        lrcnn_lightning.rowwise(copy.deepcopy(module), plan=data, axis=3)(x)
+    del data["axis"]  # of an older version
+    ours = lrcnn_lightning.rowwise(copy.deepcopy(module), plan=data, axis=2)
+    ours(x)
+    assert ours.__dict__["forward"].training_plan.to_dict() == data | {"axis": 2}
+
+
+class InPlace(nn.Module):
+    """Its maps are written over, so that several values have one name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.last = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.norm(self.first(x)) * 1.0
+        z[:, ::2] *= 0.5
+        z = z * 2.0
+        z[:, 1] += 1.0
+        result: Tensor = self.last(z)
+        return result
+
+
+def test_a_saved_plan_tells_maps_of_one_name_apart() -> None:
+    """Exceptions went by a name that several maps had, and came back as those of the last one."""
+    module, x = InPlace(), torch.randn(2, 3, 24, 20)
+    graph = row_graph(module, [x], "auto")
+    leaves = requires_grad_leaves(graph.graph, module, [x])
+    names = [value.name for value in graph.values]
+    alike = [value for value, name in enumerate(names) if names.count(name) > 1 and graph.is_map(value)]
+    assert alike
+    for value in alike:
+        plan = build_plan(graph, leaves, True, Choices("two_phase", 4, 1, 1, "lean", exceptions=((value, KEEP),)))
+        again = Plan.from_dict(plan.to_dict()).of(graph, leaves, True)
+        assert again.choices.exceptions == ((value, KEEP),) and again.to_dict() == plan.to_dict()
+
+
 def test_wrong_plans(tmp_path: Path) -> None:
     module, x = Mixed(), torch.randn(2, 3, 24, 20)
     data = lrcnn_lightning.plan(module, x, mode="two_phase", rows=2).to_dict()
     wrong: list[tuple[Any, str]] = [
         ({"mode": "two_phase"}, "not the data of a plan: rows"),
+        (data | {"axis": "height"}, "the axis of the plan is 'height'; allowed is a dimension"),
         (3, "a plan is a Plan, its data or a JSON file"),
         (tmp_path / "none.json", "cannot be read: No such file"),
         (data | {"segments": [data["segments"][0] | {"first": "elsewhere"}]}, "has no operation of that name"),

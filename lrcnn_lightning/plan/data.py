@@ -21,12 +21,13 @@ def as_data(plan: Plan) -> dict[str, Any]:
     graph, choices = plan.graph, plan.explicit
     return {
         "mode": plan.mode,
+        "axis": graph.axis,
         "rows": choices.rows,
         "rows_where_needed": choices.rows_where_needed,
         "batch_chunks": choices.batch_chunks,
         "segments": [
             {
-                "first": graph.nodes[part.first].name,
+                "first": graph.node_names[part.first],
                 "mode": part.mode,
                 "rows": part.rows,
                 "keeping": part.keeping,
@@ -34,14 +35,14 @@ def as_data(plan: Plan) -> dict[str, Any]:
             }
             for part in choices.parts
         ],
-        "exceptions": {graph.values[value].name: str(residency) for value, residency in choices.exceptions},
+        "exceptions": {graph.value_names[value]: str(residency) for value, residency in choices.exceptions},
         "training": plan.training,
         "peak_bytes": plan.peak_bytes,
         "plain_peak_bytes": plan.plain_peak_bytes,
         "overhead": plan.overhead,
         "inputs": {v.name: list(v.shape) for v in graph.graph.inputs},
         "residency": {
-            graph.values[i].name: str(r) for segment in plan.segments for i, r in segment.residencies.items()
+            graph.value_names[i]: str(r) for segment in plan.segments for i, r in segment.residencies.items()
         },
         "schedule": [str(line) for line in plan.schedule],
     }
@@ -54,7 +55,7 @@ def choices_of(data: Mapping[str, Any], graph: RowGraph) -> Choices:
     """
     from lrcnn_lightning.plan.plan import Choices, Heights, Part
 
-    positions = {node.name: position for position, node in enumerate(graph.nodes)}
+    positions = {name: position for position, name in enumerate(graph.node_names)}
     parts = []
     for number, given in enumerate(data["segments"]):
         if given["first"] not in positions:
@@ -75,7 +76,7 @@ def choices_of(data: Mapping[str, Any], graph: RowGraph) -> Choices:
         if heights not in get_args(Heights):
             raise PlanError(f"segment {number} of the plan: heights {heights!r}; allowed are 'even' and 'balanced'")
         parts.append(Part(positions[given["first"]], given["mode"], given["rows"], given["keeping"], heights))
-    values = {value.name: value.index for value in graph.values}
+    values = {name: index for index, name in enumerate(graph.value_names)}
     exceptions = []
     for name, text in data.get("exceptions", {}).items():
         if name not in values:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lrcnn_lightning.config import RowConfig, format_size
+from lrcnn_lightning.rules import Role
 
 if TYPE_CHECKING:
     from lrcnn_lightning.plan.plan import Plan
@@ -65,14 +66,27 @@ def _overhead(plan: Plan, config: RowConfig) -> Note | None:
         return None
     given = " or ".join(config.given_choices)
     freer = f"leave out {given}, so that the planner has more to choose from; " if given else ""
+    helps = (
+        f"{freer}a memory_budget, for the fastest plan that fits; a larger image, of which rows cost less; or, if that "
+        f"time is acceptable, max_overhead={_rounded_up(plan.overhead):g}"
+    )
+    if _too_small(plan):
+        helps = (
+            "a larger image; or to run this module plainly, by leaving it out of `modules` or with mode='auto': its "
+            "maps are too small for rows to pay, and the calls for a single row take longer than plain PyTorch's step"
+        )
     return Note(
         "max_overhead",
         f"no plan was found whose extra work is within max_overhead={config.max_overhead:g}; the one with the least is "
         f"used: {100 * plan.overhead:+.0f} % predicted, activation peak {format_size(plan.peak_bytes)} (plain PyTorch "
-        f"{format_size(plan.plain_peak_bytes)}). What helps: {freer}a memory_budget, for the fastest plan that fits; "
-        f"a larger image, of which rows cost less; or, if that time is acceptable, "
-        f"max_overhead={_rounded_up(plan.overhead):g}",
+        f"{format_size(plan.plain_peak_bytes)}). What helps: {helps}",
     )
+
+
+def _too_small(plan: Plan) -> bool:
+    """Whether the calls for one row, forward, again and backward, take longer than a plain step."""
+    calls = 3 * sum(role in (Role.ROW, Role.REDUCE) for role in plan.graph.roles)
+    return calls * plan.machine.seconds_a_slab > plan.plain_cost.seconds
 
 
 def _savings(plan: Plan) -> Note | None:

@@ -102,6 +102,8 @@ def _segment_cells(plan: Plan, segment: SegmentProgram) -> tuple[str, ...]:
     if segment.plain:
         return segment.name, span, "-", "whole", "-", "-", "-", "-"
     loops = [step.loop for step in segment.forward if isinstance(step, RunRows)]
+    if not segment.loops():
+        return segment.name, span, "0", "whole", "-", "-", "-", _kept(plan, segment)
     most = max(segment.loops(), key=lambda loop: len(loop.rows))
     fewest = min(len(loop.rows) for loop in segment.loops())
     rows = str(fewest) if fewest == len(most.rows) else f"{fewest} to {len(most.rows)}"

@@ -39,10 +39,22 @@ class SavedPlan:
             raise PlanError(
                 f"this is not the data of a plan: {', '.join(missing)} missing; it comes from plan.to_dict()"
             )
+        if not isinstance(self.axis, int | None):
+            raise PlanError(f"the axis of the plan is {self.axis!r}; allowed is a dimension of the input, such as 2")
 
     @property
     def mode(self) -> str:
         return str(self.data["mode"])
+
+    @property
+    def axis(self) -> int | None:
+        """The dimension of the input along which rows are cut; None in the data of older versions."""
+        axis: int | None = self.data.get("axis")
+        return axis
+
+    def axis_of(self, asked: int | str) -> int | str:
+        """The axis to lower a graph along: the one that was asked for, and for ``"auto"`` that of the plan."""
+        return self.axis if asked == "auto" and self.axis is not None else asked
 
     @property
     def rows(self) -> int:
@@ -77,7 +89,12 @@ class SavedPlan:
         return "\n".join(lines)
 
     def of(self, graph: RowGraph, leaves: Collection[int], training: bool, machine: Machine = CPU) -> Plan:
-        """The plan for a graph. Raises `PlanError` where its operations are not those of the graph."""
+        """The plan for a graph. Raises `PlanError` where its axis or its operations are not those of the graph."""
+        if self.axis is not None and graph.axis != self.axis:
+            raise PlanError(
+                f"the plan cuts dimension {self.axis} of the input into rows, and here it is dimension {graph.axis}; "
+                "leave out `axis`, which is then that of the plan, or make a plan for this axis"
+            )
         if self.mode == "plain":
             return plain_plan(graph, leaves, training, machine)
         return build_plan(graph, leaves, training, choices_of(self.data, graph), machine)

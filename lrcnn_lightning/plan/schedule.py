@@ -75,7 +75,7 @@ def instructions(plan: Plan) -> tuple[Instruction, ...]:
     """The schedule of a plan: all segments forward, then backward in reverse."""
     result: list[Instruction] = []
     rows = [segment for segment in plan.segments if not segment.plain]
-    names = _names(plan.graph)
+    names = plan.graph.value_names
     for segment in rows:
         result.append(Instruction(segment.name, "enter", "with", "inputs", writes=_of(names, segment.inputs)))
         result += [_instruction(plan.graph, names, segment, "forward", step) for step in segment.forward]
@@ -87,16 +87,6 @@ def instructions(plan: Plan) -> tuple[Instruction, ...]:
             result.append(Instruction(segment.name, "enter", "with", "gradients", reads=kept, into=outputs))
             result += [_instruction(plan.graph, names, segment, "backward", step) for step in segment.backward]
     return tuple(result)
-
-
-def _names(graph: RowGraph) -> list[str]:
-    """A name for each value, of its own: weights by the qualified name, others with their number where two agree."""
-    names = [str(v.source) if v.kind.value in ("parameter", "buffer") else v.name for v in graph.values]
-    seen: dict[str, int] = {}
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-    unique = [name if seen[name] == 1 else f"{name}%{index}" for index, name in enumerate(names)]
-    return [name.replace(" ", "_").replace(",", "_") for name in unique]
 
 
 def _of(names: Sequence[str], values: Iterable[int]) -> tuple[str, ...]:

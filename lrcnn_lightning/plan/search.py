@@ -60,13 +60,15 @@ def choose_plan(
 
     Raises `ConfigError` when more rows are asked for than the input has, and `PlanError` when nothing fits a budget.
     """
-    height = graph.input_height
+    height = max(graph.input_height, 1)
     if isinstance(config.rows, int) and config.rows > height:
         shapes = ", ".join(str(list(v.shape)) for v in graph.graph.inputs)
         raise ConfigError(
             f"rows={config.rows} is more than the {height} rows of the input (shapes {shapes}): "
             f"allowed are 1 to {height}, or 'auto'"
         )
+    if graph.axis is None:  # no input is longer than one
+        return plain_plan(graph, leaves, training, Machine.of(device))
     budget = config.budget_bytes
     if budget == "auto":
         budget = usable_bytes(device) if config.fits_free_memory else None

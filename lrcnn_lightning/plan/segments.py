@@ -31,7 +31,10 @@ class Stretch:
 
 
 def differentiable_values(graph: RowGraph, leaves: Collection[int]) -> set[int]:
-    """The values that have a gradient, given the leaf values (inputs, parameters) that require one."""
+    """The values that have a gradient, given the leaf values (inputs, parameters) that require one.
+
+    These depend on a leaf, and an output depends on them: plain autograd leaves others without a gradient.
+    """
     found = set(leaves)
     for node in graph.nodes:
         if not node.context.grad or node.op is torch.ops.aten.detach.default:
@@ -41,7 +44,11 @@ def differentiable_values(graph: RowGraph, leaves: Collection[int]) -> set[int]:
                 dtype = graph.values[output].dtype
                 if dtype.is_floating_point or dtype.is_complex:
                     found.add(output)
-    return found
+    reached = found.intersection(graph.graph.output_values())
+    for node in reversed(graph.nodes):
+        if any(output in reached for output in node.outputs):
+            reached.update(index for index in node.inputs if index in found)
+    return reached
 
 
 def stretches(graph: RowGraph, differentiable: Collection[int], training: bool) -> list[Stretch]:

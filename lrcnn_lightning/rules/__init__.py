@@ -1,6 +1,7 @@
 """Row rules: one family a file. Importing this package fills the registry."""
 
 from lrcnn_lightning.rules import (
+    adaptive,
     contraction,
     dropout,
     joining,
@@ -31,6 +32,7 @@ __all__ = [
     "RowGraph",
     "RowRule",
     "Tile",
+    "adaptive",
     "contraction",
     "dropout",
     "find_factory",

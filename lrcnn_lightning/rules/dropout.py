@@ -40,7 +40,7 @@ def _masked_alpha(x: Tensor, mask: Tensor, scale: float, probability: float) -> 
     return result + shift
 
 
-draw_mask = Operator("draw_mask", _draw_mask)
+draw_mask = Operator("draw_mask", _draw_mask, effect=True)
 masked = Operator("masked", _masked)
 masked_alpha = Operator("masked_alpha", _masked_alpha)
 

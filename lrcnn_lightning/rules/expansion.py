@@ -64,10 +64,16 @@ class Builder:
         given = value.shape if shape is None else shape
         return self.value(f"{origin.name}_{part}", given, value.dtype, value.device)
 
-    def batches_of(self, running_mean: Ref) -> Ref:
-        """The count of batches that belongs to a running mean."""
+    def batches_of(self, node: Node, running_mean: Ref) -> Ref:
+        """The count of batches that belongs to a running mean, as it is when ``node`` runs.
+
+        A copy: the buffer itself counts on where a layer is called again, before any rows run.
+        """
         source = str(self.values[running_mean.index].source).replace("running_mean", "num_batches_tracked")
-        return next(Ref(value.index) for value in self.values if value.source == source)
+        buffer = next(value for value in self.values if value.source == source)
+        count = self.like(node, buffer, "batches")
+        self.emit(node, torch.ops.aten.clone.default, (Ref(buffer.index),), (count.index,), "batches")
+        return count
 
     def emit(self, origin: Node, op: Any, args: tuple[Any, ...], outputs: tuple[int, ...], part: str) -> None:
         """Add a node in the place of ``origin``."""

@@ -7,9 +7,11 @@ it runs whole; its result, if it is a map again, gets a row axis anew, so that w
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import compress
 
 import torch
 
@@ -18,6 +20,7 @@ from lrcnn_lightning.graph import Graph, Node, Value, ValueKind, dependent_value
 from lrcnn_lightning.rules.expansion import Builder
 from lrcnn_lightning.rules.rule import WHOLE, Axes, Reduction, RowRule, Scope, find_factory
 from lrcnn_lightning.rules.synchronised import merge_processes
+from lrcnn_lightning.rules.unread import useful
 
 __all__ = ["Role", "RowGraph", "lower"]
 
@@ -62,6 +65,21 @@ class RowGraph:
     def readers(self) -> dict[int, list[int]]:
         """Value -> positions of the nodes that read it."""
         return self.graph.readers()
+
+    @cached_property
+    def value_names(self) -> list[str]:
+        """A name for each value, of its own and without blanks: weights by the qualified name."""
+        return _unique(str(v.source) if v.kind.value in ("parameter", "buffer") else v.name for v in self.values)
+
+    @cached_property
+    def node_names(self) -> list[str]:
+        """A name for each node, of its own and without blanks."""
+        return _unique(node.name for node in self.nodes)
+
+    @property
+    def axis(self) -> int | None:
+        """The dimension along which the inputs are cut into rows; None where none is."""
+        return next((self.axes[value.index].row for value in self.graph.inputs if self.is_map(value.index)), None)
 
     @cached_property
     def dependent(self) -> set[int]:
@@ -118,11 +136,19 @@ class RowGraph:
         ]
 
 
+def _unique(names: Iterable[str]) -> list[str]:
+    """The names without blanks and commas, with their number where two agree."""
+    plain = [name.replace(" ", "_").replace(",", "_") for name in names]
+    count = Counter(plain)
+    return [name if count[name] == 1 else f"{name}%{index}" for index, name in enumerate(plain)]
+
+
 def lower(graph: Graph, axis: int | str = "auto") -> RowGraph:
     """Assign axes, rules and roles.
 
     ``axis`` is the dimension of the input that is split, or ``"auto"``: the longest spatial one (of equals the
     first; of a volume on the CPU the last).
+    Nodes of which nobody reads the results are left out (`unread`).
     Raises `InputError` when no input has a spatial axis, or the given one is none.
     """
     dimension, seed = _row_dimension(graph, axis)
@@ -143,6 +169,8 @@ def lower(graph: Graph, axis: int | str = "auto") -> RowGraph:
         if any(axes.get(index, WHOLE).row is not None for index in node.inputs):
             factory = find_factory(node.op)
             rule = None if factory is None else factory(Scope(builder.values, axes, node))
+            if isinstance(rule, RowRule) and _without_rows(builder, node, rule):
+                rule = None
         rules.append(rule)
         if isinstance(rule, RowRule):
             roles.append(Role.ROW)
@@ -154,8 +182,19 @@ def lower(graph: Graph, axis: int | str = "auto") -> RowGraph:
             roles.append(Role.WHOLE)
             for output in node.outputs:
                 axes[output] = _seed(builder.values[output], dimension, rank, samples)
-    graph = replace(graph, values=tuple(builder.values), nodes=tuple(builder.nodes))
-    return RowGraph(graph, tuple(roles), tuple(rules), axes, batch_splits)
+    kept = useful(builder.nodes, rules, graph.output_values())
+    nodes = tuple(compress(builder.nodes, kept))
+    unmade = {output for node in builder.nodes for output in node.outputs}
+    unmade -= {output for node in nodes for output in node.outputs}
+    axes = {index: given for index, given in axes.items() if index not in unmade}
+    graph = replace(graph, values=tuple(builder.values), nodes=nodes)
+    return RowGraph(graph, tuple(compress(roles, kept)), tuple(compress(rules, kept)), axes, batch_splits)
+
+
+def _without_rows(builder: Builder, node: Node, rule: RowRule) -> bool:
+    """Whether a result has no rows, as an empty slice of a map has: there is nothing to loop over."""
+    given = zip(node.outputs, rule.axes, strict=True)
+    return any(axes.row is not None and builder.values[output].shape[axes.row] == 0 for output, axes in given)
 
 
 def _expanded(graph: Graph, builder: Builder, dependent: set[int]) -> Iterator[Node]:
@@ -186,10 +225,13 @@ def _row_dimension(graph: Graph, axis: int | str) -> tuple[int, Value]:
         return max(range(2, rank), key=lambda d: (largest.shape[d], order * d)), largest
     assert isinstance(axis, int)
     dimension = axis + rank if axis < 0 else axis
-    if not 2 <= dimension < rank:
+    spatial = 2 <= dimension < rank
+    if not spatial or largest.shape[dimension] < 2:
+        allowed = ["'auto'", *(str(d) for d in range(2, rank) if largest.shape[d] > 1)]
+        what = f"has size {largest.shape[dimension]} in" if spatial else "is no spatial axis of"
         raise InputError(
-            f"axis={axis} is no spatial axis of an input of shape {list(largest.shape)}: "
-            f"allowed are 'auto' and {', '.join(str(d) for d in range(2, rank))}"
+            f"axis={axis} {what} an input of shape {list(largest.shape)}: "
+            f"allowed {'is' if len(allowed) == 1 else 'are'} {', '.join(allowed)}"
         )
     return dimension, largest
 

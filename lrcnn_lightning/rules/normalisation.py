@@ -206,7 +206,7 @@ def _update_statistics(
                 running.copy_(before.lerp(now, 1 / batches.to(now.dtype)))
 
 
-update_statistics = Operator("update_statistics", _update_statistics)
+update_statistics = Operator("update_statistics", _update_statistics, effect=True)
 
 
 def _channels_and_count(builder: Builder, x: Ref, groups: int | None) -> tuple[int, int]:
@@ -241,7 +241,7 @@ def expand_batch_norm(builder: Builder, node: Node) -> bool:
     if isinstance(running_mean, Ref):
         args: tuple[Any, ...] = (mean, variance, running_mean, running_variance, momentum, count)
         if momentum == CUMULATIVE:
-            args = (*args, builder.batches_of(running_mean))
+            args = (*args, builder.batches_of(node, running_mean))
         builder.emit(node, update_statistics, args, (), "statistics")
     return True
 

@@ -1,4 +1,4 @@
-"""Resizing: nearest, linear, cubic; adaptive average and maximum pooling to several rows.
+"""Resizing: nearest, linear, cubic.
 
 A resized row is a weighted sum of a few source rows, found from the *global* coordinates:
 
@@ -7,139 +7,112 @@ A resized row is a weighted sum of a few source rows, found from the *global* co
     nearest  row floor(i/scale)
 
 So the row axis is interpolated here, from the slab; the other axes by the operation itself, for which the row axis
-then keeps its size (resizing is separable, and resizing an axis to its own size changes nothing).
+then keeps its size (resizing is separable, and resizing an axis to its own size changes nothing). Where the operation
+would do something else to another axis than it does on the whole map, that axis is interpolated here, too.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional
 
-from lrcnn_lightning.graph import Node
-from lrcnn_lightning.rules.expansion import Builder, expands
-from lrcnn_lightning.rules.rule import Axes, Interval, Reduction, RowRule, Scope, Tile, register
-from lrcnn_lightning.rules.window import spatial_tuple
+from lrcnn_lightning.rules.rule import Axes, Interval, RowRule, Scope, Tile, register
+from lrcnn_lightning.rules.sampling import Sampling, quick_nearest
 
-__all__ = ["AdaptivePool", "Resize"]
+__all__ = ["Resize"]
 
 aten = torch.ops.aten
-
-Numbers = npt.NDArray[Any]
 
 _MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 @dataclass(frozen=True)
 class Resize(RowRule):
-    """``upsample_*``: ``mode`` is nearest, nearest-exact, linear (of any dimension) or bicubic."""
+    """``upsample_*``: ``lines`` are the resized axes, from dimension 2 on; that at ``position`` is the row axis.
 
-    mode: str
-    align_corners: bool
-    axis: int
+    ``natively`` are the positions of other axes that the operation itself resizes, ``by_hand`` of those that are
+    resized here. ``copied_gradient``: the gradient of the result is that of the map as it stands.
+    """
+
+    lines: tuple[Sampling, ...]
     position: int
-    height: int
-    out_height: int
-    step: float
-    scale: float | None
-    others: tuple[int, ...]
-    scales: tuple[float, ...] | None
-    same_width: bool
+    natively: tuple[int, ...]
+    by_hand: tuple[int, ...]
+    copied_gradient: bool
     axes: tuple[Axes, ...]
     family = "resize"
 
-    def _sources(self, output: Interval, dtype: torch.dtype) -> tuple[list[Numbers], list[Numbers]]:
-        """For each tap: the source row of each output row, and its weight (computed as the operation computes it)."""
-        exact = np.float64 if dtype is torch.float64 and not self.mode.startswith("nearest") else np.float32
-        rows, last = np.arange(output.lo, output.hi).astype(exact), self.height - 1
-        step, half = exact(self.step), exact(0.5)
-        if self.mode.startswith("nearest"):
-            place = rows * step if self.mode == "nearest" else (rows + half) * step
-            return [_floor(place).clip(0, last)], []
-        place = rows * step if self.align_corners else (rows + half) * step - half
-        if self.mode == "linear":
-            place = place.clip(min=0)
-            base = _floor(place).clip(max=last)
-            fraction = (place - base.astype(exact)).clip(0, 1)
-            return [base, (base + 1).clip(max=last)], [1 - fraction, fraction]
-        base = _floor(place)
-        t = place - base.astype(exact)
-        lines = [(base + offset).clip(0, last) for offset in (-1, 0, 1, 2)]
-        return lines, [_far(t + 1), _near(t), _near(1 - t), _far(2 - t)]
-
     def needed(self, output: Interval) -> Interval:
-        rows: list[int] = []
-        for row in (output.lo, output.hi - 1):
-            for dtype in (torch.float32, torch.float64):
-                rows.extend(int(line[0]) for line in self._sources(Interval(row, row + 1), dtype)[0])
-                if self.mode.startswith("nearest"):
-                    rows.append(self._nearest_forward(dtype)[row])
-        return Interval(min(rows), max(rows) + 1)
-
-    def _nearest_forward(self, dtype: torch.dtype) -> tuple[int, ...]:
-        return _nearest_rows(self.mode, len(self.others), self.height, self.out_height, self.scale, dtype)
+        return self.lines[self.position].needed(output)
 
     def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
-        slab: Tensor = args[0]
-        if not self.same_width:
-            slab = self._resize_others(slab)
-        lines, weights = self._sources(tile.rows, slab.dtype)
-        start = self.needed(tile.rows).lo
-        places = [torch.tensor((line - start).tolist(), device=slab.device) for line in lines]
-        if not weights:
-            (backward,) = places
-            if slab.is_cuda:
-                return slab.index_select(self.axis, backward)
-            chosen = [row - start for row in self._nearest_forward(slab.dtype)[tile.rows.lo : tile.rows.hi]]
-            if chosen == (lines[0] - start).tolist():
-                return slab.index_select(self.axis, backward)
-            forward = torch.tensor(chosen, device=slab.device)
-            nearest_rows: Tensor = _TwoNearest.apply(slab, self.axis, forward, backward)  # type: ignore[no-untyped-call]
-            return nearest_rows
-        shape = [-1] + [1] * (slab.dim() - 1 - self.axis)
-        result: Tensor | None = None
-        for place, weight in zip(places, weights, strict=True):
-            factor = torch.tensor(weight.tolist(), device=slab.device, dtype=slab.dtype).view(shape)
-            taken = slab.index_select(self.axis, place) * factor
-            result = taken if result is None else result + taken
-        assert result is not None
-        return result
+        given: Tensor = args[0]
+        slab = given.detach() if self.copied_gradient else given
+        quick = quick_nearest(slab, tuple(line.out_size for line in self.lines))
+        if self.natively:
+            slab = self._natively(slab)
+        for position in self.by_hand:
+            line = self.lines[position]
+            slab = _resized(slab, line, 2 + position, Interval(0, line.out_size), 0, quick)
+        row = self.lines[self.position]
+        axis, start = 2 + self.position, self.needed(tile.rows).lo
+        if not row.unchanged:
+            slab = _resized(slab, row, axis, tile.rows, start, quick)
+        if self.copied_gradient:
+            copied = given.narrow(axis, tile.rows.lo - start, tile.rows.length)
+            slab = _WithGradientOf.apply(slab, copied)  # type: ignore[no-untyped-call]
+        return slab
 
-    def _operation(self, slab: Tensor) -> Any:
-        assert self.scales is not None
-        scales, mode = list(self.scales), self.mode
-        if mode.startswith("nearest"):
-            return functional.interpolate(slab, scale_factor=scales, mode=mode)
-        mode = "bicubic" if mode == "bicubic" else _MODES[len(scales)]
-        return functional.interpolate(slab, scale_factor=scales, mode=mode, align_corners=False)
+    def _natively(self, slab: Tensor) -> Tensor:
+        first, native = self.lines[0], [i in self.natively for i in range(len(self.lines))]
+        aligned = None if first.nearest else first.align_corners
+        mode = _MODES[len(self.lines)] if first.mode == "linear" else first.mode
+        # A scale that does not give the size exactly moves the coordinates.
+        if any(line.scale is not None for line in self.lines):
+            scales = [line.scale if own else 1.0 for line, own in zip(self.lines, native, strict=True)]
+            scaled: Tensor = functional.interpolate(slab, scale_factor=scales, mode=mode, align_corners=aligned)  # type: ignore[arg-type]
+            return scaled
+        given = zip(self.lines, native, slab.shape[2:], strict=True)
+        sizes = [line.out_size if own else size for line, own, size in given]
+        return functional.interpolate(slab, sizes, mode=mode, align_corners=aligned)
 
-    def _resize_others(self, slab: Tensor) -> Tensor:
-        sizes = list(self.others)
-        sizes[self.position] = slab.shape[self.axis]
-        if self.scales is not None:
-            # Scales that do not give the sizes exactly move the coordinates; the row axis keeps its size.
-            result: Tensor = self._operation(slab)
-            return result
-        if self.mode.startswith("nearest"):
-            return functional.interpolate(slab, sizes, mode=self.mode)
-        mode = "bicubic" if self.mode == "bicubic" else _MODES[len(sizes)]
-        return functional.interpolate(slab, sizes, mode=mode, align_corners=self.align_corners)
+
+def _resized(slab: Tensor, line: Sampling, axis: int, output: Interval, start: int, quick: bool) -> Tensor:
+    """The places ``output`` of an axis, from a slab whose first place is ``start``."""
+
+    def numbers(places: Sequence[int]) -> Tensor:
+        return torch.tensor([place - start for place in places], device=slab.device)
+
+    if line.nearest and not slab.is_cuda:
+        forward = line.copies(slab.dtype, quick)[output.lo : output.hi]
+        backward = line.copies_backward()[output.lo : output.hi]
+        if forward == backward:
+            return slab.index_select(axis, numbers(forward))
+        parted: Tensor = _TwoNearest.apply(slab, axis, numbers(forward), numbers(backward))  # type: ignore[no-untyped-call]
+        return parted
+    taps, weights = line.sources(output, slab.dtype)
+    taken = [slab.index_select(axis, numbers(tap.tolist())) for tap in taps]
+    if not weights:
+        return taken[0]
+    shape = [-1] + [1] * (slab.dim() - 1 - axis)
+    result: Tensor | None = None
+    for part, weight in zip(taken, weights, strict=True):
+        factor = torch.tensor(weight.tolist(), device=slab.device, dtype=slab.dtype).view(shape)
+        result = part * factor if result is None else result + part * factor
+    assert result is not None
+    return result
 
 
 class _TwoNearest(torch.autograd.Function):
     """Copies of some rows, whose gradient goes to others.
 
-    On the CPU, nearest interpolation finds a row in its forward pass in one way and in its backward pass in another.
-    Where (i + 1/2) H / H' is an integer, rounding can part them. Plain training does that, so we do.
+    On the CPU, nearest interpolation finds a row in its forward pass in one way and in its backward pass in another
+    (`sampling`). Plain training does that, so we do.
     """
 
     @staticmethod
@@ -157,69 +130,41 @@ class _TwoNearest(torch.autograd.Function):
         return gradient.new_zeros(shape).index_add_(ctx.axis, places, gradient), None, None, None
 
 
-@lru_cache(1024)
-def _nearest_rows(
-    mode: str, dimensions: int, height: int, out_height: int, scale: float | None, dtype: torch.dtype
-) -> tuple[int, ...]:
-    """The source row of each output row in the forward pass on the CPU, found out by resizing the row numbers."""
-    with unset_fake_temporarily(), torch.no_grad():
-        numbers = torch.arange(height, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
-        column = numbers.view([1, 1, height] + [1] * (dimensions - 1))
-        size = None if scale else [out_height] + [1] * (dimensions - 1)
-        scales = [scale] + [1.0] * (dimensions - 1) if scale else None
-        resized = functional.interpolate(column, size, scales, mode)
-        return tuple(int(row) for row in resized.flatten().tolist())
+class _WithGradientOf(torch.autograd.Function):
+    """A tensor whose gradient goes to another one of its shape (cubic in `sampling`)."""
 
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, other: Tensor) -> Tensor:
+        return values.view_as(values)
 
-def _floor(place: Numbers) -> Numbers:
-    result: Numbers = np.floor(place).astype(np.int64)
-    return result
-
-
-def _near(x: Numbers) -> Numbers:
-    """Cubic convolution kernel (A = -0.75) for |x| <= 1."""
-    return ((-0.75 + 2) * x - (-0.75 + 3)) * x * x + 1
-
-
-def _far(x: Numbers) -> Numbers:
-    """Cubic convolution kernel (A = -0.75) for 1 < |x| < 2."""
-    return ((-0.75 * x + 5 * 0.75) * x - 8 * 0.75) * x + 4 * 0.75
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
 
 
 def _resize(scope: Scope, mode: str, align_corners: bool, scales: Any) -> RowRule | None:
     if not scope.only_first_has_rows():
         return None
-    shape, out = scope.shape(scope.node.args[0]), scope.output.shape
+    source = scope.values[scope.node.args[0].index]
     axes = scope.of(scope.node.args[0])
+    sizes, out_sizes = source.shape[2:], scope.output.shape[2:]
     position = (axes.row or 0) - 2
     if axes.row is None or position < 0:
         return None
-    height, out_height = shape[axes.row], out[axes.row]
-    scale = None
-    if align_corners:
-        step = (height - 1) / (out_height - 1) if out_height > 1 else 0.0
-    else:
-        scale = None if scales is None else scales[position]
-        step = 1.0 / scale if scale else height / out_height
-    # A scale that does not give the size exactly moves the coordinates of the other axes, too.
-    kept = None
-    if scales is not None and not align_corners:
-        kept = tuple(1.0 if i == position else scale for i, scale in enumerate(scales))
-    same_width = all(a == b for i, (a, b) in enumerate(zip(shape, out, strict=True)) if i != axes.row)
-    return Resize(
-        mode,
-        align_corners,
-        axes.row,
-        position,
-        height,
-        out_height,
-        step,
-        scale,
-        out[2:],
-        kept,
-        same_width,
-        (axes,),
-    )
+    gpu, dimensions = source.device.type == "cuda", len(sizes)
+    given = [None] * dimensions if scales is None or align_corners else scales
+    lines = []
+    for size, out_size, scale in zip(sizes, out_sizes, given, strict=True):
+        copied = sizes == out_sizes if gpu else size == out_size and mode == "linear"
+        copied = copied and not align_corners and not mode.startswith("nearest")
+        lines.append(Sampling(mode, align_corners, dimensions, size, out_size, scale, copied))
+    others = [i for i, line in enumerate(lines) if i != position and not line.unchanged]
+    by_hand = [i for i in others if lines[i].size == lines[i].out_size or (not gpu and lines[i].ambiguous)]
+    natively = [i for i in others if i not in by_hand]
+    moved = not all(line.unchanged for line in lines)
+    copied_gradient = mode == "bicubic" and sizes == out_sizes and moved
+    return Resize(tuple(lines), position, tuple(natively), tuple(by_hand), copied_gradient, (axes,))
 
 
 @register("resize", aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec)
@@ -249,113 +194,3 @@ def linear_resize(scope: Scope) -> RowRule | None:
 def cubic_resize(scope: Scope) -> RowRule | None:
     """``upsample_bicubic2d(input, output_size, align_corners, scale_factors)``."""
     return _resize(scope, "bicubic", bool(scope.node.args[2]), scope.argument(3, "scale_factors"))
-
-
-@dataclass(frozen=True)
-class AdaptivePool(RowRule):
-    """``adaptive_avg_poolNd`` and ``adaptive_max_poolNd`` to more than one row: row i pools [iH/H', (i+1)H/H')."""
-
-    maximum: bool
-    axis: int
-    position: int
-    height: int
-    out_height: int
-    sizes: tuple[int, ...]
-    source_sizes: tuple[int, ...]
-    axes: tuple[Axes, ...]
-    family = "resize"
-
-    def _source(self, row: int) -> Interval:
-        lo = row * self.height // self.out_height
-        return Interval(lo, math.ceil((row + 1) * self.height / self.out_height))
-
-    def needed(self, output: Interval) -> Interval:
-        return Interval(self._source(output.lo).lo, self._source(output.hi - 1).hi)
-
-    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Any:
-        slab, start = args[0], self.needed(tile.rows).lo
-        sizes = list(self.sizes)
-        sizes[self.position] = 1
-        dimensions = len(sizes)
-        kind = "max" if self.maximum else "avg"
-        pool = getattr(aten, f"adaptive_{kind}_pool{dimensions}d").default
-        rows = []
-        for row in range(tile.rows.lo, tile.rows.hi):
-            source = self._source(row)
-            pooled = pool(slab.narrow(self.axis, source.lo - start, source.length), sizes)
-            rows.append((pooled[0], self._place(pooled[1], source)) if self.maximum else (pooled,))
-        results = tuple(torch.cat(column, self.axis) for column in zip(*rows, strict=True))
-        return results if self.maximum else results[0]
-
-    def _place(self, local: Tensor, source: Interval) -> Tensor:
-        """Flat positions within some rows -> flat positions within the map."""
-        result, place = torch.zeros_like(local), 1
-        for i in reversed(range(len(self.sizes))):
-            size = source.length if i == self.position else self.source_sizes[i]
-            coordinate, local = local % size, local // size
-            result = result + (coordinate + source.lo if i == self.position else coordinate) * place
-            place *= self.source_sizes[i]
-        return result
-
-
-@register(
-    "resize", aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default
-)
-def adaptive_average(scope: Scope) -> Reduction | RowRule | None:
-    """``adaptive_avg_poolNd(input, output_size)``; one row is a reduction, and has its own rule."""
-    return _adaptive(scope, False)
-
-
-@register(
-    "resize", aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default
-)
-def adaptive_maximum(scope: Scope) -> Reduction | RowRule | None:
-    """``adaptive_max_poolNd(input, output_size)`` to several rows: the values, and where they are."""
-    return _adaptive(scope, True)
-
-
-@expands(aten.adaptive_avg_pool2d.default)
-@expands(aten.adaptive_avg_pool3d.default)
-def expand_lines(builder: Builder, node: Node) -> bool:
-    """To one row of several columns: each row is pooled to its columns, then the rows are averaged."""
-    value, out = builder.values[node.args[0].index], builder.values[node.outputs[0]]
-    dimensions, row = int(node.op._schema.name[-2]), builder.row(node.args[0])
-    rank = len(value.shape)
-    if row is None or row < rank - dimensions or out.shape[row] != 1:
-        return False
-    if all(size == 1 for size in out.shape[-dimensions:]) or value.shape[row] == 1:
-        return False
-    shape = tuple(value.shape[row] if d == row else size for d, size in enumerate(out.shape))
-    lines = builder.like(node, value, "lines", shape)
-    builder.emit(node, node.op, (node.args[0], list(shape[-dimensions:])), (lines.index,), "lines")
-    builder.emit(node, aten.mean.dim, (lines, [row], True), node.outputs, "mean")
-    return True
-
-
-def _adaptive(scope: Scope, maximum: bool) -> Reduction | RowRule | None:
-    if not scope.only_first_has_rows():
-        return None
-    shape, out = scope.shape(scope.node.args[0]), scope.output.shape
-    axes = scope.of(scope.node.args[0])
-    dimensions = int(scope.node.op._schema.name[-2])
-    assert axes.row is not None
-    position = axes.row - (len(shape) - dimensions)
-    if position < 0:
-        return None
-    if out[axes.row] == 1 and not maximum:
-        from lrcnn_lightning.rules.reduction import global_average
-
-        return global_average(scope, position)
-    if out[axes.row] == 1:
-        return None
-    sizes = spatial_tuple(out[-dimensions:], dimensions)
-    return AdaptivePool(
-        maximum,
-        axes.row,
-        position,
-        shape[axes.row],
-        out[axes.row],
-        sizes,
-        shape[-dimensions:],
-        (axes,) * len(scope.node.outputs),
-    )

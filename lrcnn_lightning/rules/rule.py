@@ -96,6 +96,8 @@ class Operator:
 
     name: str
     function: Callable[..., Any]
+    effect: bool = False
+    """Whether it does something beside its results."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)

@@ -71,7 +71,7 @@ def _merge_processes(
     return result
 
 
-merge_processes = Operator("merge_processes", _merge_processes)
+merge_processes = Operator("merge_processes", _merge_processes, effect=True)
 
 
 @expands(SYNC_BATCH_NORM)
@@ -95,6 +95,6 @@ def expand_sync_batch_norm(builder: Builder, node: Node) -> bool:
     if isinstance(running_mean, Ref):
         args: tuple[Any, ...] = (*merged[:2], running_mean, running_variance, momentum, merged[2])
         if momentum == CUMULATIVE:
-            args = (*args, builder.batches_of(running_mean))
+            args = (*args, builder.batches_of(node, running_mean))
         builder.emit(node, update_statistics, args, (), "statistics")
     return True
