@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ import lrcnn_lightning
 from lrcnn_lightning import CaptureError, ConfigError, LRCNNDDPStrategy, LRCNNStrategy
 from lrcnn_lightning import parallel as parallel_module
 from lrcnn_lightning.rowwise import RowwiseForward
+from tests.launching import run_together
 from tests.test_strategy import ROWWISE, Direct, Manual, Steps, Task, assert_same, body, fit, loader
 
 RELATIVE = 1e-9
@@ -285,31 +285,13 @@ def in_two_processes(folder: Path, scenario: str) -> None:
 
 def launch(folder: Path, scenario: str, machines: int = 1) -> None:
     """As a user starts a script, on each machine; there Lightning starts a second process if it is to."""
-    root = str(Path(lrcnn_lightning.__file__).parents[1])
     environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE")}
-    environment |= {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    environment |= {"OMP_NUM_THREADS": "1"}
     if machines > 1:
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(machines)}
         environment |= {"LOCAL_RANK": "0"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.test_parallel", str(folder), scenario],
-            env={**environment, "NODE_RANK": str(machine)},
-            cwd=root,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for machine in range(machines)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-6000:]
-    assert (folder / "done0").exists() and (folder / "done1").exists(), outputs[0][-6000:]
+    environments = [{**environment, "NODE_RANK": str(machine)} for machine in range(machines)]
+    run_together("tests.test_parallel", [[str(folder), scenario]] * machines, environments, folder)
 
 
 def free_port() -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lrcnn_lightning
+from tests.launching import run_together
 from tests.oracle import difference
 
 OPTIONS: list[dict[str, Any]] = [
@@ -95,26 +95,8 @@ def in_one_of_two_processes(rank: int, folder: Path) -> None:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_synchronised_batch_norm_equals_the_whole_batch(tmp_path: Path) -> None:
-    root = str(Path(lrcnn_lightning.__file__).parents[1])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.test_processes", str(rank), str(tmp_path)],
-            env={**os.environ, "PYTHONPATH": root},
-            cwd=root,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
-    assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()
+    arguments = [[str(rank), str(tmp_path)] for rank in range(2)]
+    run_together("tests.test_processes", arguments, [os.environ] * 2, tmp_path)
 
 
 def test_one_process_is_plain_batch_norm() -> None:
