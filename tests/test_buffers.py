@@ -149,3 +149,30 @@ def test_step_after_step(order: str) -> None:
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-12, msg=name)
         for (name, mine), theirs in zip(ours.named_buffers(), plain.buffers(), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_statistics_that_another_pass_moves_on() -> None:
+    """An evaluation pass with gradient, then a training pass, and one backward pass over both.
+
+    The training pass moves the running statistics that the evaluation pass has read; it raised that they were changed
+    in place. The gradient is that of what was computed: plain PyTorch, which differentiates with the statistics of
+    later, agrees where a copy of the network does the training pass.
+    """
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)).double()
+    other, images = copy.deepcopy(plain), torch.randn(2, 3, 14, 9, dtype=torch.float64)
+    for options in ({"mode": "two_phase", "rows": 4}, {"mode": "overlap", "rows": 3, "segments": 2, "batch_chunks": 2}):
+        ours = lrcnn_lightning.rowwise(copy.deepcopy(plain), **options)
+        evaluated = ours.eval()(images)
+        trained = ours.train()(images + 1)
+        (evaluated.square().sum() + trained.exp().sum()).backward()
+        for net in (plain, other):
+            net.zero_grad()
+            net.load_state_dict(lrcnn_lightning.restore(ours).state_dict())
+            net[1].reset_running_stats()
+        plain.eval()(images).square().sum().backward()
+        other.train()(images + 1).exp().sum().backward()
+        for mine, first, second in zip(ours.parameters(), plain.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, first.grad + second.grad, rtol=1e-9, atol=1e-11)
+        for mine, theirs in zip(ours.buffers(), other.buffers(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
