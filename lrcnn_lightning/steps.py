@@ -1,6 +1,6 @@
 """The user's steps, run row by row: what the strategies for one device and for several have in common.
 
-    training_step, validation_step, test_step, predict_step
+    training_step, backward, validation_step, test_step, predict_step
         forwards of the chosen modules replaced       -> `RowwiseSession.active`
         the user's step, by Lightning's own strategy
         forwards put back, whatever happened
@@ -226,6 +226,10 @@ class RowwiseSteps(Strategy):
         result = self._step(super().training_step, args, kwargs)
         self._report()
         return result
+
+    def backward(self, *args: Any, **kwargs: Any) -> Any:
+        # A checkpointed part of the user's step calls its modules once more in the backward pass.
+        return self._step(super().backward, args, kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         return self._evaluated(self._step(super().validation_step, args, kwargs))

@@ -85,6 +85,7 @@ def _captured(
             torch.random.fork_rng(devices=devices),
             torch.inference_mode(False),
             torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(_forgotten, _forgotten),
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False) if devices else torch.autocast("cpu", enabled=False),
             _cumulative_averages(module),
@@ -103,6 +104,10 @@ def _captured(
     graph = functionalise(_Reader(program, places, results).graph())
     _refuse_remembered(graph, results.memos)
     return replace(graph, outputs=graph.outputs[: len(graph.outputs) - results.memos])
+
+
+def _forgotten(saved: object) -> None:
+    """Nothing of a trace is differentiated, and the hooks of the user, as checkpointing has them, must not see it."""
 
 
 def _refuse_remembered(graph: Graph, count: int) -> None:
