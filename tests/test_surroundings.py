@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torchmetrics
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import BatchSizeFinder, ModelPruning
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lrcnn_lightning import LRCNNStrategy
-from tests.test_strategy import Task, assert_same_run, fit
+import lrcnn_lightning
+from lrcnn_lightning import LRCNNStrategy, PlanError
+from tests.test_strategy import QUIET, Task, assert_same_run, fit, loader
 
 RELATIVE = 1e-9
 ROWS = [{"mode": "two_phase", "rows": 3}, {"mode": "overlap", "rows": 3, "segments": 2, "batch_chunks": 2}]
@@ -64,3 +69,21 @@ class SavedOnTheHost(Task):
 def test_checkpointing_around_a_network(task: type[Task], index: int, tmp_path: Path) -> None:
     """The backward pass ran the network plainly where the step had run it row by row, and a first call failed."""
     assert_same_training(task, tmp_path, index)
+
+
+# Weights that are computed before each call
+
+
+def test_the_next_pruning_reads_the_weights_of_now(tmp_path: Path) -> None:
+    """Pruning sets ``weight`` at each call, and reads it when it prunes further."""
+    runs = []
+    for strategy in ("auto", rows()):
+        pruning = ModelPruning(
+            "l1_unstructured", parameter_names=["weight"], amount=0.3, use_lottery_ticket_hypothesis=False
+        )
+        runs.append(fit(strategy, callbacks=[pruning], max_epochs=3, limit_val_batches=0))
+    plain, ours = runs
+    assert_same_run(plain[0], ours[0], RELATIVE, tmp_path)
+    expected, weight = plain[1].body[0].weight, ours[1].body[0].weight
+    torch.testing.assert_close(weight, expected, rtol=RELATIVE, atol=1e-12)
+    assert 0 < int((weight == 0).sum()) < weight.numel()
