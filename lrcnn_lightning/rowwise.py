@@ -101,7 +101,7 @@ class RowwiseForward:
         return _plain_forward, (self.module, self.previous)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._runs_plain or torch.compiler.is_compiling():
+        if self._runs_plain or torch.compiler.is_compiling() or _is_transformed():
             return self.original(*args, **kwargs)
         uncaptured: CaptureError | None = None
         try:
@@ -279,6 +279,11 @@ def _parts(module: nn.Module) -> Iterator[Any]:
             yield tuple((name, None if t is None else (t.shape, t.dtype, t.device)) for name, t in tables.items())
         hooks = (vars(child)[name].items() for name in _HOOKS)
         yield tuple(k for table in hooks for k, hook in table if child is not module or _computes_weight(hook))
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) is running, which has tensors of its own."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _device(inputs: Iterable[Any]) -> torch.device:

@@ -87,3 +87,30 @@ def test_the_next_pruning_reads_the_weights_of_now(tmp_path: Path) -> None:
     expected, weight = plain[1].body[0].weight, ours[1].body[0].weight
     torch.testing.assert_close(weight, expected, rtol=RELATIVE, atol=1e-12)
     assert 0 < int((weight == 0).sum()) < weight.numel()
+
+
+# Transforms of torch.func
+
+
+class Transformed(Task):
+    """A gradient and a map over samples taken by ``torch.func``, beside an ordinary pass."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        weights = {name: parameter.detach() for name, parameter in self.body.named_parameters()}
+
+        def energy(weights: dict[str, Tensor]) -> Tensor:
+            maps: Tensor = torch.func.functional_call(self.body, weights, (batch[0],))
+            return maps.square().mean()
+
+        self.body.eval()
+        gradient = torch.func.grad(energy)(weights)
+        single = torch.func.vmap(self.body)(batch[0][:, None])
+        self.body.train()
+        return (
+            super().training_step(batch, batch_idx) + sum(g.square().sum() for g in gradient.values()) + single.mean()
+        )
+
+
+def test_transforms_of_functions(tmp_path: Path) -> None:
+    """Tensors of a transform cannot be captured; inside of one the network runs as it is."""
+    assert_same_training(Transformed, tmp_path)
