@@ -114,3 +114,41 @@ class Transformed(Task):
 def test_transforms_of_functions(tmp_path: Path) -> None:
     """Tensors of a transform cannot be captured; inside of one the network runs as it is."""
     assert_same_training(Transformed, tmp_path)
+
+
+# Modules of other kinds
+
+
+class Distance(torchmetrics.Metric):
+    """A metric with a network of its own, such as LPIPS has."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 3).requires_grad_(False)
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, images: Tensor) -> None:
+        self.total += self.layer(images).abs().mean().to(self.total.dtype)
+        self.count += 1
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
+
+
+class Measured(Task):
+    def __init__(self) -> None:
+        super().__init__()
+        self.distance = Distance()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.distance(batch[0])
+        self.log("distance", self.distance, on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_metric_with_a_network_of_its_own(tmp_path: Path) -> None:
+    """It was run row by row, which left its state alone, and NaN was logged."""
+    assert_same_training(Measured, tmp_path)
