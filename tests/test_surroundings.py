@@ -152,3 +152,17 @@ class Measured(Task):
 def test_a_metric_with_a_network_of_its_own(tmp_path: Path) -> None:
     """It was run row by row, which left its state alone, and NaN was logged."""
     assert_same_training(Measured, tmp_path)
+
+
+class Traced(Task):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.fx.symbolic_trace(self.body)
+
+
+def test_a_graph_module(tmp_path: Path) -> None:
+    """Its graph was run in the trace without a look at its forward, so nothing was known of what it returns."""
+    assert_same_training(Traced, tmp_path)
+    module = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softmax(2)))
+    plan = lrcnn_lightning.plan(module, torch.empty(1, 3, 32, 32, device="meta"), mode="two_phase", rows=2)
+    assert [node.module for node in plan.graph.nodes] == ["0", "1"]
