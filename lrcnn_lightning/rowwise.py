@@ -29,6 +29,7 @@ from lrcnn_lightning.plan.plan import Plan
 from lrcnn_lightning.plan.saved import SavedPlan, load_plan
 from lrcnn_lightning.plan.search import choose_plan
 from lrcnn_lightning.rules import RowGraph, lower
+from lrcnn_lightning.subclasses import with_subclasses, without_subclasses
 
 __all__ = ["RowwiseForward", "frontier", "plan", "restore", "rowwise"]
 
@@ -119,7 +120,7 @@ class RowwiseForward:
             self.observe(self, args, kwargs)
         if chosen.mode == "plain":
             return self.original(*args, **kwargs)
-        return execution(self.module, inputs)
+        return with_subclasses(execution(self.module, inputs), args, kwargs)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward."""
@@ -179,6 +180,7 @@ class RowwiseForward:
 
     def _captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], RowGraph]:
         """The leaves of the arguments, and the graph that serves a call with them."""
+        args, kwargs = without_subclasses(args, kwargs)
         inputs, structure = take_apart((args, kwargs))
         tensors = tuple(_metadata(leaf) for leaf in inputs if isinstance(leaf, torch.Tensor))
         others = tuple(_metadata(leaf) for leaf in inputs if not isinstance(leaf, torch.Tensor))

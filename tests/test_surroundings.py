@@ -166,3 +166,54 @@ def test_a_graph_module(tmp_path: Path) -> None:
     module = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softmax(2)))
     plan = lrcnn_lightning.plan(module, torch.empty(1, 3, 32, 32, device="meta"), mode="two_phase", rows=2)
     assert [node.module for node in plan.graph.nodes] == ["0", "1"]
+
+
+# Tensors of classes of their own
+
+
+class Named(torch.Tensor):
+    """The default of a derived class: the results of operations are of that class."""
+
+
+def _of_monai(images: Tensor) -> Tensor:
+    data = pytest.importorskip("monai.data")
+    made: Tensor = data.MetaTensor(images, affine=torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0])))
+    return made
+
+
+def _named(images: Tensor) -> Tensor:
+    return images.as_subclass(Named)
+
+
+@pytest.mark.parametrize("options", [{"mode": "two_phase", "rows": 4}, {}], ids=["rows", "plain"])
+@pytest.mark.parametrize("make", [_of_monai, _named])
+def test_tensors_that_carry_something(make: Any, options: dict[str, Any]) -> None:
+    """MONAI's loaders give images with their position in space; a slab of them failed in its own ``new_empty``."""
+
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
+
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            maps = self.layers(images)
+            return {"maps": maps, "mean": maps.mean((2, 3))}
+
+    torch.manual_seed(0)
+    plain, images = Several().double(), torch.randn(2, 3, 16, 12, dtype=torch.float64)
+    ours = lrcnn_lightning.rowwise(copy.deepcopy(plain), **options)
+    results = []
+    for net in (plain, ours):
+        given = make(images.clone()).requires_grad_()
+        found = net(given)
+        (found["maps"].square().sum() + found["mean"].sum()).backward()
+        results.append((found, given.grad, [parameter.grad for parameter in net.parameters()]))
+    (want, want_input, want_gradients), (got, got_input, got_gradients) = results
+    for name, expected in want.items():
+        assert type(got[name]) is type(expected)
+        assert vars(got[name]).keys() == vars(expected).keys()
+    pairs = zip([*got.values(), got_input, *got_gradients], [*want.values(), want_input, *want_gradients], strict=True)
+    for mine, theirs in pairs:
+        torch.testing.assert_close(
+            mine.as_subclass(torch.Tensor), theirs.as_subclass(torch.Tensor), rtol=RELATIVE, atol=1e-12
+        )
