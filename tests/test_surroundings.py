@@ -217,3 +217,33 @@ def test_tensors_that_carry_something(make: Any, options: dict[str, Any]) -> Non
         torch.testing.assert_close(
             mine.as_subclass(torch.Tensor), theirs.as_subclass(torch.Tensor), rtol=RELATIVE, atol=1e-12
         )
+
+
+# A batch for which no plan fits
+
+
+class OfSize(Task):
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_size = 1
+
+    def train_dataloader(self) -> Any:
+        return loader(16, self.batch_size)
+
+    def val_dataloader(self) -> Any:
+        return loader(4, self.batch_size)
+
+
+def test_the_batch_size_finder_halves_what_does_not_fit_the_budget(tmp_path: Path) -> None:
+    """Where plain PyTorch is out of memory the finder tries less; that no plan fits ended the run."""
+    seed_everything(1, verbose=False)
+    options = {**QUIET, "max_epochs": 1, "default_root_dir": tmp_path, "enable_checkpointing": True}
+    finder = BatchSizeFinder(mode="power", steps_per_trial=1, max_trials=8)
+    strategy = LRCNNStrategy(memory_budget="48KiB")
+    Trainer(strategy=strategy, callbacks=[finder], **options).fit(OfSize())
+    assert finder.optimal_batch_size in (1, 2, 4, 8)
+    assert strategy.plans["body"].peak_bytes <= 48 * 1024
+    module = OfSize()
+    module.batch_size = 16
+    with pytest.raises(PlanError, match=r"no plan fits memory_budget=48.00 KiB.*What helps"):
+        Trainer(strategy=LRCNNStrategy(memory_budget="48KiB"), **options).fit(module)
