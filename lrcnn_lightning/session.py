@@ -142,6 +142,17 @@ class RowwiseSession:
                 table[name] = latest
         return table
 
+    @property
+    def idle(self) -> dict[str, list[str]]:
+        """The modules by name, each with the names of its parts that could be chosen instead, if none was called."""
+        if any(forward.plan is not None or forward._runs_plain for forward in self.forwards.values()):
+            return {}
+        return {
+            name: [f"{name}.{part}" for part in select_modules(forward.module)]
+            for name, forward in self.forwards.items()
+            if name
+        }
+
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Calls of the chosen modules run row by row inside this context."""

@@ -121,6 +121,45 @@ def test_the_paragraph_comes_at_the_first_step_of_a_run(monkeypatch: pytest.Monk
     assert "body (Sequential) without gradients: two_phase" in messages[-1]
 
 
+class InParts(Task):
+    """Calls the layers of its network, and another network from the second epoch on."""
+
+    later = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = network()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        maps = batch[0]
+        for layer in self.body:
+            maps = layer(maps)
+        loss = maps.square().mean()
+        return loss + self.other(batch[0]).mean() if self.later and self.current_epoch else loss
+
+
+def test_a_module_whose_forward_is_never_called(warned: list[str]) -> None:
+    """Everything ran plainly, and the log said nothing at all."""
+    fit("lrcnn_two_phase", InParts(), max_epochs=2)
+    (warning,) = of(warned, "has not called")
+    assert warning == (
+        "the first step has not called body, other, so nothing ran row by row: a module does where it is called "
+        "itself, as in `self.body(x)`, and not where other methods of it or its parts are. Name in `modules` what the "
+        "step calls, for example modules=['body.0', 'body.4', 'other.0']"
+    )
+    by_layers = fit(LRCNNStrategy(mode="two_phase", modules=["body.0", "body.4"]), InParts())
+    assert sorted(by_layers.strategy.plans) == ["body.0", "body.4"] and len(of(warned, "has not called")) == 1
+
+
+def test_the_paragraph_of_a_module_that_is_called_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = logged(monkeypatch, "rank_zero_info")
+    module = InParts()
+    module.later = True
+    fit("lrcnn_two_phase", module, max_epochs=3)
+    (paragraph,) = of(messages, "row-wise training")
+    assert "other (Sequential): two_phase" in paragraph
+
+
 # ------------------------------------------------------------------------------------------------ hooks
 
 
