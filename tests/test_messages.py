@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import re
+import sys
 import warnings
 from typing import Any
 
@@ -158,6 +159,25 @@ def test_the_paragraph_of_a_module_that_is_called_later(monkeypatch: pytest.Monk
     fit("lrcnn_two_phase", module, max_epochs=3)
     (paragraph,) = of(messages, "row-wise training")
     assert "other (Sequential): two_phase" in paragraph
+
+
+class Talking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, images: Tensor) -> Tensor:
+        print("to stdout")
+        print("to stderr", file=sys.stderr)
+        result: Tensor = self.body(images)
+        return result
+
+
+def test_what_a_forward_prints_is_seen(capfd: pytest.CaptureFixture[str]) -> None:
+    """It was swallowed, with whatever other threads wrote while a module was captured."""
+    lrcnn_lightning.rowwise(Talking(), mode="two_phase", rows=2)(IMAGES)
+    output = capfd.readouterr()
+    assert "to stdout" in output.out and "to stderr" in output.err
 
 
 # ------------------------------------------------------------------------------------------------ hooks

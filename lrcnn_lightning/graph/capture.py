@@ -13,6 +13,7 @@ import inspect
 import io
 import logging
 import operator
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -165,6 +166,7 @@ class _Results:
 
     def __init__(self, module: nn.Module, leaks: Leaks) -> None:
         self.observation, self.leaks = Observation(module), leaks
+        self.stderr = sys.stderr
 
 
 @contextlib.contextmanager
@@ -182,7 +184,8 @@ def _of_tensors_alone(
         remaining = iter(tensors)
         filled = [next(remaining) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = structure.put_together(filled)
-        with results.observation.observed(), results.leaks, refused_gradients():
+        own_output = contextlib.redirect_stderr(results.stderr)
+        with own_output, results.observation.observed(), results.leaks, refused_gradients():
             returned = own(*args, **kwargs)
         results.leaves, results.structure = take_apart(returned)
         _refuse_unknown(results.leaves, "it returns")
@@ -220,12 +223,12 @@ def _cumulative_averages(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the partial graphs that a failing trace prints; the error says what is wrong."""
+    """Without the partial graphs that a failing trace prints to ``stderr``; the error says what is wrong."""
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         logger.setLevel(level)
