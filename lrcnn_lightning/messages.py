@@ -5,7 +5,7 @@ Each is a text; who says it, when and how often is the caller's business.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -13,7 +13,7 @@ from lrcnn_lightning.config import RowConfig, format_size
 from lrcnn_lightning.plan.plan import Plan
 from lrcnn_lightning.rules import RowGraph, find_factory
 
-__all__ = ["inner_hooks", "needless_rows", "outside_call", "path", "summary"]
+__all__ = ["inner_hooks", "needless_rows", "never_called", "outside_call", "path", "summary"]
 
 _PLACES = 3
 """Places that are named at most of an operation that runs whole; an attention network has dozens."""
@@ -100,6 +100,23 @@ def needless_rows(config: RowConfig, plans: Mapping[str, Plan], free: int) -> st
         f"this batch fits without rows: plain PyTorch is predicted to take {format_size(plain)} of activation memory, "
         f"and {format_size(free)} can be used; {', '.join(given)} costs {100 * overhead:+.0f} % extra work. "
         'Trainer(strategy="lrcnn") takes rows only where they are needed; a memory_budget says how much may be used'
+    )
+
+
+def never_called(modules: Mapping[str, Sequence[str]]) -> str | None:
+    """The warning that the first step has called none of the modules that were to run row by row; for each its parts.
+
+    Nothing is said where there are none.
+    """
+    if not modules:
+        return None
+    first = next(iter(modules))
+    parts = [part for parts in modules.values() for part in parts] or [f"{first}.encoder"]
+    return (
+        f"the first step has not called {', '.join(modules)}, so nothing ran "
+        f"row by row: a module does where it is called itself, as in `self.{first}(x)`, and not where other "
+        "methods of it or its parts are. Name in `modules` what the step calls, for example "
+        f"modules={parts[:_PLACES]!r}"
     )
 
 

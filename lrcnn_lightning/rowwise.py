@@ -29,6 +29,7 @@ from lrcnn_lightning.plan.plan import Plan
 from lrcnn_lightning.plan.saved import SavedPlan, load_plan
 from lrcnn_lightning.plan.search import choose_plan
 from lrcnn_lightning.rules import RowGraph, lower
+from lrcnn_lightning.subclasses import with_subclasses, without_subclasses
 
 __all__ = ["RowwiseForward", "frontier", "plan", "restore", "rowwise"]
 
@@ -101,7 +102,7 @@ class RowwiseForward:
         return _plain_forward, (self.module, self.previous)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._runs_plain or torch.compiler.is_compiling():
+        if self._runs_plain or torch.compiler.is_compiling() or _is_transformed():
             return self.original(*args, **kwargs)
         uncaptured: CaptureError | None = None
         try:
@@ -119,7 +120,7 @@ class RowwiseForward:
             self.observe(self, args, kwargs)
         if chosen.mode == "plain":
             return self.original(*args, **kwargs)
-        return execution(self.module, inputs)
+        return with_subclasses(execution(self.module, inputs), args, kwargs)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward."""
@@ -179,6 +180,7 @@ class RowwiseForward:
 
     def _captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], RowGraph]:
         """The leaves of the arguments, and the graph that serves a call with them."""
+        args, kwargs = without_subclasses(args, kwargs)
         inputs, structure = take_apart((args, kwargs))
         tensors = tuple(_metadata(leaf) for leaf in inputs if isinstance(leaf, torch.Tensor))
         others = tuple(_metadata(leaf) for leaf in inputs if not isinstance(leaf, torch.Tensor))
@@ -280,6 +282,11 @@ def _parts(module: nn.Module) -> Iterator[Any]:
             yield tuple((name, None if t is None else (t.shape, t.dtype, t.device)) for name, t in tables.items())
         hooks = (vars(child)[name].items() for name in _HOOKS)
         yield tuple(k for table in hooks for k, hook in table if child is not module or _computes_weight(hook))
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) is running, which has tensors of its own."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _device(inputs: Iterable[Any]) -> torch.device:

@@ -6,6 +6,7 @@ A strategy does not change a model: it chooses modules, and while a step runs th
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -33,11 +34,17 @@ def _has_own_forward(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
 
 
+def _is_metric(module: nn.Module) -> bool:
+    """Whether a module is a metric: its ``forward`` adds to a state in Python, whatever network it has inside."""
+    library = sys.modules.get("torchmetrics")
+    return library is not None and isinstance(module, library.Metric)
+
+
 def select_modules(root: nn.Module, names: str | Iterable[str] = "auto") -> dict[str, nn.Module]:
     """The submodules of ``root`` that run row by row, by name.
 
-    ``"auto"``: the outermost submodules that contain a convolution and have a forward of their own. Raises
-    `ConfigError` for a name that does not exist, or where nothing contains a convolution.
+    ``"auto"``: the outermost submodules that contain a convolution and have a forward of their own, but for metrics.
+    Raises `ConfigError` for a name that does not exist, or where nothing contains a convolution.
     """
     if names == "auto":
         found: dict[str, nn.Module] = {}
@@ -64,7 +71,7 @@ def select_modules(root: nn.Module, names: str | Iterable[str] = "auto") -> dict
 def _collect(module: nn.Module, prefix: str, found: dict[str, nn.Module]) -> None:
     for name, child in module.named_children():
         path = f"{prefix}{name}"
-        if not has_convolution(child):
+        if not has_convolution(child) or _is_metric(child):
             continue
         if _has_own_forward(child):
             if not any(child is other for other in found.values()):
@@ -135,6 +142,17 @@ class RowwiseSession:
                 table[name] = latest
         return table
 
+    @property
+    def idle(self) -> dict[str, list[str]]:
+        """The modules by name, each with the names of its parts that could be chosen instead, if none was called."""
+        if any(forward.plan is not None or forward._runs_plain for forward in self.forwards.values()):
+            return {}
+        return {
+            name: [f"{name}.{part}" for part in select_modules(forward.module)]
+            for name, forward in self.forwards.items()
+            if name
+        }
+
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Calls of the chosen modules run row by row inside this context."""
@@ -182,4 +200,4 @@ class RowwiseSession:
 
 def _direct_layers(root: nn.Module) -> bool:
     """Whether convolutions hang directly on the model, or its network is spread over several children."""
-    return sum(has_convolution(child) for child in root.children()) > 1
+    return sum(has_convolution(child) and not _is_metric(child) for child in root.children()) > 1

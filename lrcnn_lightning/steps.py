@@ -1,6 +1,6 @@
 """The user's steps, run row by row: what the strategies for one device and for several have in common.
 
-    training_step, validation_step, test_step, predict_step
+    training_step, backward, validation_step, test_step, predict_step
         forwards of the chosen modules replaced       -> `RowwiseSession.active`
         the user's step, by Lightning's own strategy
         forwards put back, whatever happened
@@ -23,7 +23,7 @@ from torch import nn
 
 from lrcnn_lightning.config import Mode, OnUnsupported, RowConfig, did_you_mean
 from lrcnn_lightning.errors import ConfigError
-from lrcnn_lightning.messages import needless_rows, path, summary
+from lrcnn_lightning.messages import needless_rows, never_called, path, summary
 from lrcnn_lightning.plan.plan import Plan
 from lrcnn_lightning.plan.saved import load_plans
 from lrcnn_lightning.plan.search import usable_bytes
@@ -98,7 +98,9 @@ class RowwiseSteps(Strategy):
         self._check_names(kwargs)
         self._session: RowwiseSession | None = None
         self._plans: dict[str, Plan] = {}
-        self._reported = False
+        self._reported: set[str] = set()
+        """Modules of which the log has spoken."""
+        self._stepped = False
         self._fits = False
         super().__init__(**kwargs)
 
@@ -179,7 +181,8 @@ class RowwiseSteps(Strategy):
                 f"strategy {type(self).__name__}: no submodule of {type(module).__name__} contains a convolution; "
                 "everything runs as it would without the strategy"
             )
-        self._reported = False
+        self._reported = set()
+        self._stepped = False
         self._fits = trainer.state.fn == "fit"
         if self._fits:
             self._plans = {}
@@ -227,6 +230,10 @@ class RowwiseSteps(Strategy):
         self._report()
         return result
 
+    def backward(self, *args: Any, **kwargs: Any) -> Any:
+        # A checkpointed part of the user's step calls its modules once more in the backward pass.
+        return self._step(super().backward, args, kwargs)
+
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         return self._evaluated(self._step(super().validation_step, args, kwargs))
 
@@ -249,16 +256,21 @@ class RowwiseSteps(Strategy):
             return step(*args, **kwargs)
 
     def _report(self) -> None:
-        """Say once what runs row-wise: plans are made from the first batch, so not before the first step."""
-        if self._reported or self._session is None or not self._session.plans:
+        """Say once of each module what runs row-wise: plans are made from its first batch, so not before a step."""
+        if self._session is None:
             return
-        self._reported = True
         plans = self._session.plans
-        lines = [summary(name, self._session.forwards[name].module, plan) for name, plan in plans.items()]
-        self._rank_zero("rank_zero_info")("\n  ".join(["row-wise training:", *lines]))
-        needless = needless_rows(self._config, plans, usable_bytes(self.root_device))
-        if needless is not None:
-            self._rank_zero("rank_zero_warn")(needless)
+        new = [name for name in plans if name not in self._reported]
+        if new:
+            lines = [summary(name, self._session.forwards[name].module, plans[name]) for name in new]
+            self._rank_zero("rank_zero_info")("\n  ".join(["row-wise training:", *lines]))
+        if not self._stepped:
+            text = needless_rows(self._config, plans, usable_bytes(self.root_device)) if plans else None
+            text = text or never_called(self._session.idle)
+            if text is not None:
+                self._rank_zero("rank_zero_warn")(text)
+        self._reported.update(new)
+        self._stepped = True
 
     def _rank_zero(self, name: str) -> Callable[[str], None]:
         """Lightning's own logging on the first process."""

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import re
+import sys
 import warnings
 from typing import Any
 
@@ -119,6 +120,64 @@ def test_the_paragraph_comes_at_the_first_step_of_a_run(monkeypatch: pytest.Monk
     trainer.validate(module, data(), verbose=False)
     assert len(of(messages, "row-wise training")) == 2
     assert "body (Sequential) without gradients: two_phase" in messages[-1]
+
+
+class InParts(Task):
+    """Calls the layers of its network, and another network from the second epoch on."""
+
+    later = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = network()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        maps = batch[0]
+        for layer in self.body:
+            maps = layer(maps)
+        loss = maps.square().mean()
+        return loss + self.other(batch[0]).mean() if self.later and self.current_epoch else loss
+
+
+def test_a_module_whose_forward_is_never_called(warned: list[str]) -> None:
+    """Everything ran plainly, and the log said nothing at all."""
+    fit("lrcnn_two_phase", InParts(), max_epochs=2)
+    (warning,) = of(warned, "has not called")
+    assert warning == (
+        "the first step has not called body, other, so nothing ran row by row: a module does where it is called "
+        "itself, as in `self.body(x)`, and not where other methods of it or its parts are. Name in `modules` what the "
+        "step calls, for example modules=['body.0', 'body.4', 'other.0']"
+    )
+    by_layers = fit(LRCNNStrategy(mode="two_phase", modules=["body.0", "body.4"]), InParts())
+    assert sorted(by_layers.strategy.plans) == ["body.0", "body.4"] and len(of(warned, "has not called")) == 1
+
+
+def test_the_paragraph_of_a_module_that_is_called_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = logged(monkeypatch, "rank_zero_info")
+    module = InParts()
+    module.later = True
+    fit("lrcnn_two_phase", module, max_epochs=3)
+    (paragraph,) = of(messages, "row-wise training")
+    assert "other (Sequential): two_phase" in paragraph
+
+
+class Talking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, images: Tensor) -> Tensor:
+        print("to stdout")
+        print("to stderr", file=sys.stderr)
+        result: Tensor = self.body(images)
+        return result
+
+
+def test_what_a_forward_prints_is_seen(capfd: pytest.CaptureFixture[str]) -> None:
+    """It was swallowed, with whatever other threads wrote while a module was captured."""
+    lrcnn_lightning.rowwise(Talking(), mode="two_phase", rows=2)(IMAGES)
+    output = capfd.readouterr()
+    assert "to stdout" in output.out and "to stderr" in output.err
 
 
 # ------------------------------------------------------------------------------------------------ hooks

@@ -85,7 +85,8 @@ class _Segment(torch.autograd.Function):
             *(t for index, t in zip(program.outputs, outputs, strict=True) if index not in program.differentiable)
         )
         if program.backward:
-            kept = [store[index] for index in program.kept]
+            buffers = call.graph.buffers
+            kept = [_copied(store[index]) if index in buffers else store[index] for index in program.kept]
             keys, carried = [], []
             for name, table in carries.items():
                 for place, slabs in table.items():
@@ -108,6 +109,17 @@ class _Segment(torch.autograd.Function):
             sealed = iter(_OnceDifferentiable.apply(len(present), *present, *history))  # type: ignore[no-untyped-call]
             gradients = tuple(None if gradient is None else next(sealed) for gradient in gradients)
         return (None, *gradients)
+
+
+def _copied(buffer: Tensor) -> Tensor:
+    """A buffer, or a view of one, as it is now: another call in between may move the running statistics on.
+
+    Expanded dimensions stay so.
+    """
+    compact = buffer.detach()
+    for dimension, stride in enumerate(buffer.stride()):
+        compact = compact.narrow(dimension, 0, 1) if stride == 0 and buffer.shape[dimension] > 1 else compact
+    return compact.clone().expand(buffer.shape)
 
 
 def _run_forward(call: SegmentCall, store: dict[int, Any], training: bool) -> dict[str, Carries]:

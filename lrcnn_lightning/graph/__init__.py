@@ -4,7 +4,7 @@ The graph is plain data.  It can be printed and tested without a plan or an engi
 """
 
 from lrcnn_lightning.graph.capture import CUMULATIVE, capture, under_autocast
-from lrcnn_lightning.graph.functional import dependent_values
+from lrcnn_lightning.graph.functional import buffer_values, dependent_values
 from lrcnn_lightning.graph.graph import Context, Graph, Node, Ref, Value, ValueKind, Write, map_refs, references
 from lrcnn_lightning.graph.guards import Guard
 from lrcnn_lightning.graph.rehearsal import own_error
@@ -23,6 +23,7 @@ __all__ = [
     "Value",
     "ValueKind",
     "Write",
+    "buffer_values",
     "capture",
     "dependent_values",
     "map_refs",

@@ -13,6 +13,7 @@ import inspect
 import io
 import logging
 import operator
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -80,11 +81,13 @@ def _captured(
     leaks: Leaks,
 ) -> Graph:
     results = _Results(module, leaks)
+    traced = _Around(module) if isinstance(module, GraphModule) else module
     try:
         with (
             torch.random.fork_rng(devices=devices),
             torch.inference_mode(False),
             torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(_forgotten, _forgotten),
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False) if devices else torch.autocast("cpu", enabled=False),
             _cumulative_averages(module),
@@ -93,16 +96,21 @@ def _captured(
         ):
             tensors = [leaves[place] for place, _ in places]
             examples = tuple(_example(tensor, wide) for tensor, wide in zip(tensors, widened, strict=True))
-            with _of_tensors_alone(module, leaves, structure, results):
-                program = torch.export.export(module, examples, strict=False)
+            with _of_tensors_alone(traced, leaves, structure, results):
+                program = torch.export.export(traced, examples, strict=False)
     except (torch.OutOfMemoryError, CaptureError):
         raise
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise CaptureError(f"{type(error).__name__}: {reason[0] if reason else 'no message'}") from error
-    graph = functionalise(_Reader(program, places, results).graph())
+    prefix = "" if traced is module else "inner"
+    graph = functionalise(_Reader(program, places, results, prefix).graph())
     _refuse_remembered(graph, results.memos)
     return replace(graph, outputs=graph.outputs[: len(graph.outputs) - results.memos])
+
+
+def _forgotten(saved: object) -> Any:
+    """Nothing of a trace is differentiated, and the hooks of the user, as checkpointing has them, must not see it."""
 
 
 def _refuse_remembered(graph: Graph, count: int) -> None:
@@ -136,6 +144,17 @@ def _refuse_unknown(leaves: Sequence[Any], what: str) -> None:
             )
 
 
+class _Around(nn.Module):
+    """A module around a `GraphModule`, whose graph the trace would run without a look at its ``forward``."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
 class _Results:
     """What the module returned in the trace: its structure, and the leaves that are no tensors; and what its code did
     beside that. After the leaves come those of attributes that it sets, then tensors that it remembers (``memos``).
@@ -147,6 +166,7 @@ class _Results:
 
     def __init__(self, module: nn.Module, leaks: Leaks) -> None:
         self.observation, self.leaks = Observation(module), leaks
+        self.stderr = sys.stderr
 
 
 @contextlib.contextmanager
@@ -164,7 +184,8 @@ def _of_tensors_alone(
         remaining = iter(tensors)
         filled = [next(remaining) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = structure.put_together(filled)
-        with results.observation.observed(), results.leaks, refused_gradients():
+        own_output = contextlib.redirect_stderr(results.stderr)
+        with own_output, results.observation.observed(), results.leaks, refused_gradients():
             returned = own(*args, **kwargs)
         results.leaves, results.structure = take_apart(returned)
         _refuse_unknown(results.leaves, "it returns")
@@ -202,12 +223,12 @@ def _cumulative_averages(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the partial graphs that a failing trace prints; the error says what is wrong."""
+    """Without the partial graphs that a failing trace prints to ``stderr``; the error says what is wrong."""
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         logger.setLevel(level)
@@ -265,9 +286,11 @@ class _Reader:
     """Reads an exported program into values and nodes."""
 
     def __init__(
-        self, program: torch.export.ExportedProgram, places: Sequence[tuple[int, str]], results: _Results
+        self, program: torch.export.ExportedProgram, places: Sequence[tuple[int, str]], results: _Results, prefix: str
     ) -> None:
         self.program, self.places, self.results = program, places, results
+        self.prefix = prefix
+        """Of the names of submodules, parameters and buffers."""
         self.values: list[Value] = []
         self.nodes: list[Node] = []
         self.constants: dict[str, torch.Tensor] = {}
@@ -290,9 +313,10 @@ class _Reader:
                 position += 1
             elif spec.kind in _SPECIAL_INPUTS:
                 kind = _SPECIAL_INPUTS[spec.kind]
-                environment[node] = self._value(node.name, node.meta["val"], kind, spec.target)
-                if kind is ValueKind.CONSTANT and spec.target is not None:
-                    self.constants[spec.target] = self.program.constants[spec.target]
+                target = spec.target if spec.target is None else self._name(spec.target)
+                environment[node] = self._value(node.name, node.meta["val"], kind, target)
+                if kind is ValueKind.CONSTANT and spec.target is not None and target is not None:
+                    self.constants[target] = self.program.constants[spec.target]
             else:
                 raise CaptureError(f"its input {node.name!r} is of kind {spec.kind.name}, which has no row-wise form")
         outputs = self._inline(self.program.graph_module, environment, Context(), "")
@@ -304,6 +328,10 @@ class _Reader:
                 raise CaptureError(f"it reads the tensor {key!r}, which requires a gradient; pass it as an argument")
         structure = self.results.structure
         return Graph(tuple(self.values), tuple(self.nodes), tuple(leaves), structure, self.constants, writes, guards)
+
+    def _name(self, traced: str) -> str:
+        """The name of a submodule, parameter or buffer in the module itself."""
+        return traced.removeprefix(self.prefix).removeprefix(".") if self.prefix else traced
 
     def _value(self, name: str, fake: torch.Tensor, kind: ValueKind, source: str | int | None = None) -> Ref:
         shape = []
@@ -344,7 +372,7 @@ class _Reader:
 
         args, kwargs = plain(node.args), plain(node.kwargs)
         stack = node.meta.get("nn_module_stack") or {}
-        module_path = next(reversed(stack.values()))[0] if stack else path
+        module_path = self._name(next(reversed(stack.values()))[0]) if stack else path
         if node.target is operator.getitem:
             return args[0][args[1]]
         if isinstance(node.target, torch._ops.HigherOrderOperator):

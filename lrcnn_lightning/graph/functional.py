@@ -1,13 +1,22 @@
 """Functional form: in-place operations on feature maps become functional ones.
 
-``relu_(a)`` becomes ``r = relu(a)`` and every later reader of ``a`` reads ``r``.  Operations on values that do not
-depend on the input's data (parameters, buffers, random masks) stay as they were written: they run once a step, in
-order, on the live tensors, so ``num_batches_tracked.add_(1)`` and the power iteration of spectral norm do what they do
-in plain training.
+``relu_(a)`` becomes ``r = relu(a)`` and every later reader of ``a`` reads ``r``.  A buffer that takes a value from the
+data is treated alike, and written once, at the end:
+
+    ema.mul_(0.9).add_(m)               before = clone(ema)             (if what depends on the data reads it)
+    b(y - ema)                 becomes  now = add(mul(before, 0.9), m)
+                                        b(y - now);  ema.copy_(now)
+
+What does not depend on the input's data (parameters, buffers, random masks) is computed once a step, in order, before
+all rows. Writes among it stay as they were written, on the live tensors, so ``num_batches_tracked.add_(1)`` and the
+power iteration of spectral norm do what they do in plain training. Whoever depends on the data and reads memory that is
+written later gets a copy from before.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +26,7 @@ from lrcnn_lightning.errors import CaptureError
 from lrcnn_lightning.graph.graph import Graph, Node, Ref, ValueKind, map_refs, references
 from lrcnn_lightning.graph.views import write_back
 
-__all__ = ["dependent_values", "functionalise"]
+__all__ = ["buffer_values", "dependent_values", "functionalise"]
 
 aten = torch.ops.aten
 
@@ -46,6 +55,15 @@ def dependent_values(graph: Graph) -> set[int]:
     return dependent
 
 
+def buffer_values(graph: Graph) -> frozenset[int]:
+    """Indices of the buffers, and of the views of them: what others may write while a backward pass is to come."""
+    view: dict[int, Node] = {}
+    for node in graph.nodes:
+        view.update(_views(node, _written_argument(node)))
+    indices = (value.index for value in graph.values)
+    return frozenset(i for i in indices if graph.values[_base(view, i)].kind is ValueKind.BUFFER)
+
+
 def functionalise(graph: Graph) -> Graph:
     """The same graph without mutation of values that depend on the input.
 
@@ -53,6 +71,10 @@ def functionalise(graph: Graph) -> Graph:
     """
     graph = replace(graph, nodes=tuple(_without_data(graph, node) for node in graph.nodes))
     return _Functionaliser(graph).run()
+
+
+_LIVE = (ValueKind.BUFFER, ValueKind.PARAMETER)
+"""What outlasts a call: a value that such memory takes from the data is written there."""
 
 
 class _Functionaliser:
@@ -70,22 +92,37 @@ class _Functionaliser:
         """Views of memory that was written since: looked up again when they are read."""
         self.lost: dict[int, str] = {}
         """Value -> why its contents are not known."""
+        self.dependent = {value.index for value in graph.inputs}
+        """Values that depend on the data of an input."""
+        self.copies: set[int] = set()
+        """Values of which a copy is read, because they are written in place later."""
+        self.taken: dict[int, Node] = {}
+        """Buffer or parameter -> the last node by which it takes a value from the data."""
+        self.last_writes = _last_writes(graph)
 
     def run(self) -> Graph:
-        dependent = dependent_values(self.graph)
-        for node in self.graph.nodes:
+        for position, node in enumerate(self.graph.nodes):
             written = _written_argument(node)
-            if written is None or not any(index in dependent for index in node.inputs):
+            depends = any(self._depends(index) for index in node.inputs)
+            if depends:
+                for index in node.inputs:
+                    self._copy_before(index, position)
+            if written is None:
                 self._emit(node)
-                if _is_view(node):
-                    self.view.update(dict.fromkeys(node.outputs, node))
-            elif self.values[self._base(written.index)].kind in (ValueKind.BUFFER, ValueKind.PARAMETER):
-                self._emit(node)  # a buffer that takes a value from the data: an effect, run on the live buffer
-            else:
+            elif depends:
                 self._emit(self._copied(node) if node.op is aten.copy_.default else _functional(node))
                 self._written(written.index, node)
-                # The result is the memory that was written, once more.
-                self.view[node.outputs[0]] = replace(node, op=aten.alias.default, args=(written,), kwargs={})
+                base = self._base(written.index)
+                if self.values[base].kind in _LIVE:
+                    self.taken[base] = node
+            else:
+                self._drop_copy(written.index)
+                self._emit(node)
+            self.view.update(_views(node, written))
+        for base, node in self.taken.items():
+            args = (Ref(base), self._now(Ref(base)))
+            name = f"{node.name}.written"
+            self._append(replace(node, name=name, op=aten.copy_.default, args=args, kwargs={}, outputs=()))
         outputs = map_refs(self.graph.outputs, self._now)
         return _without_unread(
             replace(self.graph, values=tuple(self.values), nodes=tuple(self.result), outputs=outputs)
@@ -93,7 +130,43 @@ class _Functionaliser:
 
     def _emit(self, node: Node) -> None:
         args, kwargs = map_refs(node.args, self._now), map_refs(node.kwargs, self._now)
-        self.result.append(replace(node, args=args, kwargs=kwargs))
+        self._append(replace(node, args=args, kwargs=kwargs))
+
+    def _append(self, node: Node) -> None:
+        self.result.append(node)
+        if not self.dependent.isdisjoint(node.inputs):
+            self.dependent.update(node.outputs)
+
+    def _depends(self, index: int) -> bool:
+        """Whether what a value holds now depends on the data."""
+        held = self._base(index) if index in self.stale else index
+        return self.current.get(held, held) in self.dependent
+
+    def _copy_before(self, index: int, position: int) -> None:
+        """Let the value be read from a copy if its memory is written at ``position`` or later."""
+        base = self._base(index)
+        if base in self.copies or self._depends(base) or self.last_writes.get(base, -1) < position:
+            return
+        copy = self._like(base)
+        self._emit(Node(f"{self.values[base].name}.before", aten.clone.default, (Ref(base),), {}, (copy,)))
+        self.copies.add(base)
+        self.current[base] = copy
+        self._look_again(base)
+
+    def _drop_copy(self, index: int) -> None:
+        """Let the value be read from its own memory again, which is about to be written."""
+        base = self._base(index)
+        if base in self.copies:
+            self.copies.discard(base)
+            del self.current[base]
+            self._look_again(base)
+
+    def _look_again(self, base: int, but: Collection[int] = ()) -> None:
+        """The views of a value are views of what it holds now."""
+        for other in self.view:
+            if other not in but and self._base(other) == base:
+                self.current.pop(other, None)
+                self.stale.add(other)
 
     def _copied(self, node: Node) -> Node:
         """``copy_(destination, source)``: the source, in the destination's shape and dtype."""
@@ -129,9 +202,7 @@ class _Functionaliser:
 
     def _base(self, index: int) -> int:
         """What a view, or a view of a view, looks into."""
-        while index in self.view:
-            index = self.view[index].args[0].index
-        return index
+        return _base(self.view, index)
 
     def _written(self, index: int, origin: Node) -> None:
         """The value holds the result of ``origin`` now; so does the memory behind it, and other views of that."""
@@ -155,14 +226,11 @@ class _Functionaliser:
                 break
             self.current[source] = self._like(source)
             name = f"{origin.name}{_WRITTEN_BACK}"
-            self.result.append(
+            self._append(
                 replace(origin, name=name, op=inverse[0], args=inverse[1], kwargs={}, outputs=(self.current[source],))
             )
             index = source
-        for other in self.view:
-            if other not in path and self._base(other) == base:
-                self.current.pop(other, None)
-                self.stale.add(other)
+        self._look_again(base, path)
 
 
 _WRITTEN_BACK = ".written_back"
@@ -178,6 +246,47 @@ def _without_unread(graph: Graph) -> Graph:
         read.update(node.inputs)
         nodes.append(node)
     return replace(graph, nodes=tuple(reversed(nodes)))
+
+
+def _base(view: Mapping[int, Node], index: int) -> int:
+    while index in view:
+        index = view[index].args[0].index
+    return index
+
+
+def _last_writes(graph: Graph) -> dict[int, float]:
+    """Value -> position of the last node that writes its memory in place. A buffer that takes a value from the data is
+    written at the end; other memory that does becomes a value of its own.
+    """
+    view: dict[int, Node] = {}
+    dependent = {value.index for value in graph.inputs}
+    found: dict[int, float] = {}
+    for position, node in enumerate(graph.nodes):
+        written = _written_argument(node)
+        depends = any(index in dependent or _base(view, index) in dependent for index in node.inputs)
+        if depends:
+            dependent.update(node.outputs)
+        if written is not None:
+            base = _base(view, written.index)
+            if not depends:
+                found[base] = position
+            elif graph.values[base].kind in _LIVE:
+                found[base] = math.inf
+            if depends:
+                dependent.add(base)
+        view.update(_views(node, written))
+    return found
+
+
+def _views(node: Node, written: Ref | None) -> dict[int, Node]:
+    """The outputs of a node that are views, and how they were made. What an operation that writes returns is the
+    memory that it has written, once more.
+    """
+    if written is None:
+        return dict.fromkeys(node.outputs, node) if _is_view(node) else {}
+    if not node.outputs or node.op._schema.returns[0].alias_info is None:
+        return {}
+    return {node.outputs[0]: replace(node, op=aten.alias.default, args=(written,), kwargs={})}
 
 
 def _is_view(node: Node) -> bool:
@@ -204,7 +313,9 @@ def _without_data(graph: Graph, node: Node) -> Node:
 def _written_argument(node: Node) -> Ref | None:
     if not isinstance(node.op, torch._ops.OpOverload) or not node.op._schema.is_mutable:
         return None
-    for argument, given in zip(node.op._schema.arguments, node.args, strict=False):
+    by_position = zip(node.op._schema.arguments, node.args, strict=False)
+    by_name = ((argument, node.kwargs.get(argument.name)) for argument in node.op._schema.arguments)
+    for argument, given in (*by_position, *by_name):
         if argument.alias_info is not None and argument.alias_info.is_write and isinstance(given, Ref):
             return given
     return None

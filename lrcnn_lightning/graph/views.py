@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from lrcnn_lightning.graph.graph import Node, Ref, Value
+from lrcnn_lightning.graph.graph import Node, Ref, Value, ValueKind
 
 __all__ = ["write_back"]
 
 aten = torch.ops.aten
 
-WriteBack = Callable[[Node, int, Value, Ref, Ref], tuple[Any, tuple[Any, ...]]]
+WriteBack = Callable[[Node, int, Value, Ref, Ref], tuple[Any, tuple[Any, ...]] | None]
 
 
 def write_back(view: Node, output: int, source: Value, before: Ref, written: Ref) -> tuple[Any, tuple[Any, ...]] | None:
@@ -79,7 +79,13 @@ def _same(view: Node, output: int, source: Value, before: Ref, written: Ref) -> 
     return aten.alias.default, (written,)
 
 
+def _detached(view: Node, output: int, source: Value, before: Ref, written: Ref) -> tuple[Any, tuple[Any, ...]] | None:
+    """A buffer has no gradient that could be lost on the way."""
+    return (aten.alias.default, (written,)) if source.kind is ValueKind.BUFFER else None
+
+
 _INVERSES: dict[Any, WriteBack] = {
+    aten.detach.default: _detached,
     aten.slice.Tensor: _slice,
     aten.narrow.default: _narrow,
     aten.select.int: _select,

@@ -53,6 +53,10 @@ _RESTS = 6
 """How the price of the limit changes at each step, and after how many steps without a change the walk ends."""
 
 
+_OUT_OF_MEMORY = " (tools that search for a batch size take this for 'CUDA out of memory')"
+"""They know a batch that is too large by these words, on every device."""
+
+
 def choose_plan(
     graph: RowGraph, leaves: Collection[int], training: bool, config: RowConfig, device: torch.device
 ) -> Plan:
@@ -84,6 +88,7 @@ def choose_plan(
             f"PyTorch would take {format_size(best.plain_peak_bytes)}. At that peak live: "
             f"{held_at_peak(best)}. What helps: a smaller batch or image, half precision, freezing the first layers, "
             "or a larger budget"
+            f"{_OUT_OF_MEMORY}"
         )
     found = notes(best, config, budget)
     return replace(best, notes=found) if found else best

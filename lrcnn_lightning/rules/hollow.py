@@ -30,7 +30,7 @@ class _HollowConvolution(torch.autograd.Function):
     def forward(ctx: Any, slab: Tensor, weight: Tensor, bias: Tensor | None, shape: list[int], call: Any) -> Tensor:
         ctx.save_for_backward(slab, weight)
         ctx.call, ctx.bias_sizes = call, None if bias is None else list(bias.shape)
-        return slab.new_empty(1).expand(shape)
+        return slab.new_empty((1,)).expand(shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -76,7 +76,7 @@ class _HollowLinear(torch.autograd.Function):
     def forward(ctx: Any, slab: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(slab, weight)
         ctx.has_bias = bias is not None
-        return slab.new_empty(1).expand([*slab.shape[:-1], weight.shape[0]])
+        return slab.new_empty((1,)).expand([*slab.shape[:-1], weight.shape[0]])
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -16,7 +16,7 @@ from itertools import compress
 import torch
 
 from lrcnn_lightning.errors import InputError
-from lrcnn_lightning.graph import Graph, Node, Value, ValueKind, dependent_values
+from lrcnn_lightning.graph import Graph, Node, Value, ValueKind, buffer_values, dependent_values
 from lrcnn_lightning.rules.expansion import Builder
 from lrcnn_lightning.rules.rule import WHOLE, Axes, Reduction, RowRule, Scope, find_factory
 from lrcnn_lightning.rules.synchronised import merge_processes
@@ -85,6 +85,11 @@ class RowGraph:
     def dependent(self) -> set[int]:
         """Values that depend on the data of an input."""
         return dependent_values(self.graph)
+
+    @cached_property
+    def buffers(self) -> frozenset[int]:
+        """Buffers and views of them."""
+        return buffer_values(self.graph)
 
     def height(self, value: int) -> int:
         """The number of rows of a value; 0 for a whole value."""
