@@ -18,10 +18,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lrcnn_lightning.captures import CACHED, Captures, device_of, put_back
 from lrcnn_lightning.config import RowConfig
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
 from lrcnn_lightning.errors import CaptureError, ConfigError, InputError, RowwiseError
-from lrcnn_lightning.graph import capture, own_error, processes, take_apart, under_autocast
+from lrcnn_lightning.graph import capture, own_error, take_apart
 from lrcnn_lightning.messages import inner_hooks
 from lrcnn_lightning.plan.frontier import Frontier, find_frontier
 from lrcnn_lightning.plan.machine import Machine
@@ -35,11 +36,6 @@ __all__ = ["RowwiseForward", "frontier", "plan", "restore", "rowwise"]
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
-_CACHED = 16
-"""Graphs and plans remembered a module: multi-scale training has a handful of shapes; more are captured again."""
-
-_CAPTURES = 4
-"""Graphs for alike calls after which something must change with every call."""
 _NAMED = 5
 """Modules that a warning names at most; a profiler puts a hook on every one."""
 
@@ -75,8 +71,7 @@ class RowwiseForward:
         """The plan of the latest call."""
         self.training_plan: Plan | None = None
         """The plan of the latest call with a backward pass."""
-        self._graphs: list[tuple[Any, RowGraph]] = []
-        """With what each depends on, the latest used last."""
+        self._graphs = Captures(module)
         self._plans: OrderedDict[Any, Execution] = OrderedDict()
         self._unsupported: Callable[[RowwiseForward, CaptureError, Callable[[], Any]], Any] | None = unsupported
         self._runs_plain = False
@@ -88,7 +83,9 @@ class RowwiseForward:
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry no plans: they are made again when needed."""
         state = self.__dict__.copy()
-        state.update(plan=None, training_plan=None, _graphs=[], _plans=OrderedDict(), _unsupported=None)
+        state.update(
+            plan=None, training_plan=None, _graphs=Captures(self.module), _plans=OrderedDict(), _unsupported=None
+        )
         state.update(notify=_warn, observe=None)
         return state
 
@@ -150,7 +147,7 @@ class RowwiseForward:
         plan_key = (graph, leaves, grad)
         chosen = self._plans.get(plan_key)
         if chosen is None:
-            training, device = grad and bool(leaves), _device(inputs)
+            training, device = grad and bool(leaves), device_of(inputs)
             if self.given is not None:
                 found = self.given.of(graph, leaves, training, Machine.of(device))
             else:
@@ -182,40 +179,19 @@ class RowwiseForward:
         """The leaves of the arguments, and the graph that serves a call with them."""
         args, kwargs = without_subclasses(args, kwargs)
         inputs, structure = take_apart((args, kwargs))
-        tensors = tuple(_metadata(leaf) for leaf in inputs if isinstance(leaf, torch.Tensor))
-        others = tuple(_metadata(leaf) for leaf in inputs if not isinstance(leaf, torch.Tensor))
-        key = (tensors, others, structure, under_autocast(_device(inputs)), processes(), *_parts(self.module))
-        broken = None
-        for of, graph in self._graphs:
-            if of != key:
-                continue
-            broken = graph.graph.guards.broken()
-            if broken is None:
-                self._graphs.remove((of, graph))
-                self._graphs.append((of, graph))
-                return inputs, graph
-        alike = {of[1]: graph for of, graph in self._graphs if of[0] == tensors}
-        if broken is not None:
-            value = getattr(broken.module, broken.name, None)
-            cause = f"its forward reads {broken.name!r} of {type(broken.module).__name__}, which is now {value!r}"
-            self._warn_of_captures(sum(of == key for of, _ in self._graphs), cause)
-        elif others not in alike:
-            self._warn_of_captures(len(alike), f"its arguments that are no tensors are now {list(others)}")
-        with _put_back(self.module, self.previous):
-            captured = capture(self.module, args, kwargs)
-        axis = self.config.axis if self.given is None else self.given.axis_of(self.config.axis)
-        graph = lower(captured, axis)
-        self._graphs = [*self._graphs[1 - _CACHED :], (key, graph)]
-        return inputs, graph
-
-    def _warn_of_captures(self, count: int, cause: str) -> None:
-        """Say once that calls with tensors of the same shapes are captured over and over, and why."""
-        if count == _CAPTURES and "captures" not in self._said:
+        graph, cause = self._graphs.find(inputs, structure)
+        if graph is not None:
+            return inputs, graph
+        if cause is not None and "captures" not in self._said:
             self._said.add("captures")
             self.notify(
-                f"{self._where()}: {cause}, and was something else in each of the {count} calls before. Each value is "
-                "captured and planned anew, which takes seconds. Make it a tensor: a buffer, or an argument"
+                f"{self._where()}: {cause}, and was something else in each of the calls before. Each value is captured "
+                "and planned anew, which takes seconds. Make it a tensor: a buffer, or an argument"
             )
+        with put_back(self.module, self.previous):
+            captured = capture(self.module, args, kwargs)
+        axis = self.config.axis if self.given is None else self.given.axis_of(self.config.axis)
+        return inputs, self._graphs.remember(inputs, structure, lower(captured, axis))
 
     def situation(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -223,11 +199,11 @@ class RowwiseForward:
         """What a plan for a training call is made from: graph, values with a gradient, whether any, device."""
         inputs, graph = self._captured(args, kwargs)
         leaves = requires_grad_leaves(graph.graph, self.module, inputs)
-        return graph, leaves, bool(leaves), _device(inputs)
+        return graph, leaves, bool(leaves), device_of(inputs)
 
     def own_error(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
         """The error that the module raises for these arguments with or without rows, as far as can be told."""
-        with _put_back(self.module, self.previous):
+        with put_back(self.module, self.previous):
             return own_error(self.module, args, kwargs)
 
     def _uncaptured(self, error: CaptureError, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -267,72 +243,14 @@ def _plain_forward(module: nn.Module, previous: Callable[..., Any] | None) -> Ca
 
 def _remember(table: OrderedDict[Any, _V], key: Any, value: _V) -> _V:
     table[key] = value
-    while len(table) > _CACHED:
+    while len(table) > CACHED:
         table.popitem(last=False)
     return value
-
-
-def _parts(module: nn.Module) -> Iterator[Any]:
-    """Of what a module is made: its submodules, their parameters and buffers, and hooks that may change what they
-    return or compute a weight. The numbers of hooks are never used twice; ids are of modules that are alive.
-    """
-    for child in module.modules():
-        yield id(child), type(child)
-        for tables in (child._parameters, child._buffers):
-            yield tuple((name, None if t is None else (t.shape, t.dtype, t.device)) for name, t in tables.items())
-        hooks = (vars(child)[name].items() for name in _HOOKS)
-        yield tuple(k for table in hooks for k, hook in table if child is not module or _computes_weight(hook))
 
 
 def _is_transformed() -> bool:
     """Whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) is running, which has tensors of its own."""
     return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _device(inputs: Iterable[Any]) -> torch.device:
-    return next((leaf.device for leaf in inputs if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
-
-
-def _metadata(leaf: Any) -> Any:
-    """What capture depends on, of one argument."""
-    if isinstance(leaf, torch.Tensor):
-        return tuple(leaf.shape), leaf.dtype, leaf.device
-    try:
-        hash(leaf)
-    except TypeError:
-        return repr(leaf)
-    return leaf
-
-
-def _computes_weight(hook: object) -> bool:
-    """Whether a hook is one of PyTorch's own that compute a weight (old-style weight norm, pruning)."""
-    return type(hook).__module__.startswith("torch.nn.utils.")
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-@contextlib.contextmanager
-def _put_back(module: nn.Module, previous: Callable[..., Any] | None) -> Iterator[None]:
-    """The module with its own forward and without its own hooks, for the time of the capture.
-
-    Hooks on the module itself run around every call, outside of the graph; tracing must not run them as well. Those
-    by which PyTorch computes a weight (old-style weight norm, pruning) stay: they are part of the computation.
-    """
-    present = module.__dict__.pop("forward", None)
-    if previous is not None:
-        module.__dict__["forward"] = previous
-    hooks = {name: module.__dict__[name] for name in _HOOKS}
-    for name, table in hooks.items():
-        kept = ((k, hook) for k, hook in table.items() if _computes_weight(hook))
-        module.__dict__[name] = OrderedDict(kept)
-    try:
-        yield
-    finally:
-        module.__dict__.update(hooks)
-        module.__dict__.pop("forward", None)
-        if present is not None:
-            module.__dict__["forward"] = present
 
 
 def rowwise(

@@ -231,8 +231,18 @@ class RowwiseSteps(Strategy):
         return result
 
     def backward(self, *args: Any, **kwargs: Any) -> Any:
-        # A checkpointed part of the user's step calls its modules once more in the backward pass.
-        return self._step(super().backward, args, kwargs)
+        # A checkpointed part of the user's step calls its modules once more in the backward pass. That is the plugin's;
+        # the hooks around it come between the steps.
+        plugin = self.precision_plugin
+        run = plugin.backward
+        present = vars(plugin).get("backward")
+        plugin.__dict__["backward"] = lambda *given, **named: self._step(run, given, named)
+        try:
+            return super().backward(*args, **kwargs)
+        finally:
+            del plugin.__dict__["backward"]
+            if present is not None:
+                plugin.__dict__["backward"] = present
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         return self._evaluated(self._step(super().validation_step, args, kwargs))
