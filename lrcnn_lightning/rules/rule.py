@@ -125,6 +125,11 @@ class Scope:
         return self.axes.get(ref.index, WHOLE) if isinstance(ref, Ref) else WHOLE
 
     @property
+    def rank(self) -> int:
+        """The number of dimensions of the first argument."""
+        return len(self.shape(self.node.args[0]))
+
+    @property
     def output(self) -> Value:
         """The (first) output."""
         return self.values[self.node.outputs[0]]
