@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import lrcnn_lightning
-from lrcnn_lightning.config import format_size
+from lrcnn_lightning.config import format_count, format_size
 from lrcnn_lightning.models import resnet50, unet, vgg16
 from lrcnn_lightning.monitor import measure_fake
 
@@ -92,7 +92,8 @@ def main() -> None:
         ratio = "" if arguments.no_time else f"{_time_ratio(plain, ours, shape, arguments.repeats):.2f}"
         plan = ours.forward.training_plan  # type: ignore[union-attr]
         choices = plan.choices
-        text = f"{choices.mode}, {choices.rows} rows, {choices.segments} segments, {choices.batch_chunks} chunks"
+        counts = {"row": choices.rows, "segment": choices.segments, "chunk": choices.batch_chunks}
+        text = ", ".join([choices.mode, *(format_count(number, noun) for noun, number in counts.items())])
         print(
             f"| {name} | {' x '.join(map(str, shape))} | {format_size(before)} | {format_size(after)} "
             f"| {before / after:.1f} | {ratio} | {text} |",

@@ -3,7 +3,8 @@
     python examples/plain_script.py                               # as Lightning would train it
     python examples/plain_script.py --strategy lrcnn_two_phase    # row by row, with the same weights at the end
 
-Nothing but the import and the argument of the Trainer has to do with rows.
+Nothing but the import and the argument of the Trainer has to do with rows. A step of this small network would fit
+plainly, too, and the strategy says so in a warning.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def digits(images: int, size: int) -> TensorDataset:
     return TensorDataset(functional.interpolate(maps, size=(size, size), mode="nearest"), torch.tensor(labels[:images]))
 
 
-def train(strategy: str = "auto", images: int = 64, size: int = 64, epochs: int = 1) -> DigitClassifier:
+def train(strategy: str = "auto", images: int = 64, size: int = 256, epochs: int = 1) -> DigitClassifier:
     """Train with a strategy and return the trained module."""
     seed_everything(0, verbose=False)
     model = DigitClassifier()
@@ -71,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strategy", default="auto", help="strategy of the Trainer (default: auto)")
     parser.add_argument("--images", type=int, default=64, help="number of images (default: 64)")
-    parser.add_argument("--size", type=int, default=64, help="height and width, in pixels (default: 64)")
+    parser.add_argument("--size", type=int, default=256, help="height and width, in pixels (default: 256)")
     parser.add_argument("--epochs", type=int, default=1, help="passes over the images (default: 1)")
     arguments = parser.parse_args()
     train(arguments.strategy, arguments.images, arguments.size, arguments.epochs)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
@@ -17,7 +18,7 @@ from typing import Any, Literal, TypeAlias
 
 from lrcnn_lightning.errors import ConfigError
 
-__all__ = ["Mode", "OnUnsupported", "RowConfig", "did_you_mean", "format_size", "parse_size"]
+__all__ = ["Mode", "OnUnsupported", "RowConfig", "did_you_mean", "format_count", "format_size", "parse_size"]
 
 Mode: TypeAlias = Literal["auto", "two_phase", "overlap"]
 OnUnsupported: TypeAlias = Literal["error", "warn"]
@@ -33,6 +34,8 @@ _UNITS = {
 }
 # Two digits of exponent are plenty for bytes, and keep a slip of the finger from building a number of many megabytes.
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d*)?(?:e[+-]?\d{1,2})?)\s*(?P<unit>[a-z]*)", re.IGNORECASE | re.ASCII)
+_PERCENT = 10
+"""From this overhead on a percentage was probably meant."""
 _SIZE_EXAMPLES = '"6GiB", "512 MB", "1.5GiB" or "1e9"'
 
 
@@ -75,6 +78,11 @@ def format_size(size: float) -> str:
     while abs(round(value, 2)) >= 1024 and unit < len(units) - 1:
         value, unit = value / 1024, unit + 1
     return f"{value:.2f} {units[unit]}"
+
+
+def format_count(number: int, noun: str) -> str:
+    """``1 row``, ``2 rows``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def did_you_mean(given: object, allowed: Iterable[str]) -> str:
@@ -235,14 +243,15 @@ def _check_count(option: str, value: object) -> None:
 
 
 def _check_budget(value: object) -> None:
-    allowed = f'memory_budget must be None, "auto", a positive int (bytes) or a size such as {_SIZE_EXAMPLES}'
+    kinds = 'memory_budget must be None, "auto", a positive int (bytes) or a size'
+    allowed = f"{kinds} such as {_SIZE_EXAMPLES}"
     if value is None or value == "auto":
         return
     if isinstance(value, str):
         try:
             parse_size(value)
         except ConfigError as error:
-            raise ConfigError(f"{allowed}: {error}{did_you_mean(value, ['auto'])}") from None
+            raise ConfigError(f"{kinds}: {error}{did_you_mean(value, ['auto'])}") from None
         return
     if not _is_integer(value):
         raise ConfigError(f"{allowed} (given: {_shown(value)}){_integer_hint('memory_budget', value)}")
@@ -256,6 +265,12 @@ def _checked_overhead(value: object) -> float:
         raise ConfigError(f"{allowed} (given: {_shown(value)}){_fraction_hint(value)}")
     if math.isnan(value) or value < 0:
         raise ConfigError(f"{allowed} (given: {value}); use 0 to spend no extra time")
+    if _PERCENT <= value < math.inf:
+        warnings.warn(
+            f"max_overhead={value:g} allows {100 * value:g} % of extra time; write max_overhead={value / 100:g} for "
+            f"{value:g} %, or inf (.inf in YAML) for any amount",
+            stacklevel=2,
+        )
     return float(value)
 
 

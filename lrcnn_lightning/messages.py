@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from lrcnn_lightning.config import RowConfig, format_size
+from lrcnn_lightning.config import RowConfig, format_count, format_size
 from lrcnn_lightning.plan.plan import Plan
 from lrcnn_lightning.rules import RowGraph, find_factory
 
@@ -32,17 +32,15 @@ def summary(name: str, module: nn.Module, plan: Plan) -> str:
     if plan.mode == "plain":
         return text + f"plain PyTorch, which fits: activation peak {plain} predicted"
     segments = sum(not segment.plain for segment in plan.segments)
-    parts = ", ".join((_count(plan.rows, "row"), _count(segments, "segment"), _count(plan.chunks, "batch chunk")))
+    parts = ", ".join(
+        (format_count(plan.rows, "row"), format_count(segments, "segment"), format_count(plan.chunks, "batch chunk"))
+    )
     text += (
         f"{plan.mode}, {parts}; "
         f"activation peak {peak} predicted (plain PyTorch {plain}), extra work {100 * plan.overhead:+.0f} % predicted"
     )
     whole = list(_whole(name, plan.graph))
     return f"{text}; runs whole: {', '.join(whole)}" if whole else f"{text}; nothing runs whole"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _whole(name: str, graph: RowGraph) -> Iterator[str]:

@@ -106,7 +106,7 @@ class RowwiseSteps(Strategy):
 
     def _check_names(self, kwargs: Mapping[str, Any]) -> None:
         """A mistyped option would surface in another library as a ``TypeError``, for DDP only when training starts."""
-        own = [field.name for field in fields(RowConfig)]
+        own = [*(field.name for field in fields(RowConfig)), "plan"]
         passed_on = {name for function in self._passed_on for name in inspect.signature(function).parameters}
         passed_on -= {"self", "kwargs", "module", "device_ids"}
         for name in kwargs:

@@ -18,12 +18,14 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+import lrcnn_lightning
+from lrcnn_lightning.cli import summary as summary_module
 from lrcnn_lightning.cli import train as train_module
-from lrcnn_lightning.cli.build import CommandError, build, user_errors
+from lrcnn_lightning.cli.build import CommandError, build, strategy_options, user_errors
 from lrcnn_lightning.config import RowConfig
 from lrcnn_lightning.errors import ConfigError
 
-QUICK = ("experiment=quick",)
+QUICK = ("experiment=quick", "data.size=96", "data.scale=2", "data.batch_size=2")
 PLAIN = (*QUICK, "strategy=plain")
 
 
@@ -95,6 +97,7 @@ def test_model_of_another_library_by_name() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (("strategy=schema",), ("Could not find 'strategy/schema'",)),  # what checks options is none itself
         (("strategy=rows",), ("Could not find 'strategy/rows'", "Available options", "two_phase", "overlap", "plain")),
         (
             ("model=vgg",),
@@ -148,6 +151,14 @@ def test_a_missing_library_is_named_with_its_remedy(
         assert f"'{library}' is not installed" in message
         assert "pip install 'lrcnn-lightning[models]'" in message
         assert "Traceback" not in message
+
+
+def test_a_network_without_a_name_gets_an_example(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    message = failure(monkeypatch, capsys, tmp_path, *PLAIN, "model=timm")
+    assert "error: model.name is not given" in message and "model=timm model.name=convnext_tiny" in message
+    assert "Traceback" not in message and "MissingMandatoryValue" not in message
 
 
 def test_a_network_that_does_not_classify_is_refused(
@@ -209,8 +220,41 @@ def test_rowwise_run(
     assert summary["rowwise"]["peak_bytes"] > 0
     assert summary["plain"]["seconds"] > 0
     printed = capsys.readouterr().out
-    for words in ("plan in force: model", "row-wise", "plain PyTorch", "x less", "val/accuracy"):
+    for words in ("plan in force: model", "row-wise", "plain PyTorch", "x the time", "val/accuracy"):
         assert words in printed
+    assert sorted(path.name for path in (tmp_path / "output").iterdir()) == [".hydra", "summary.json"]
+
+
+def test_the_quick_experiment_cuts_rows_and_saves_memory() -> None:
+    config = composed("experiment=quick")
+    shape = (config.data.batch_size, config.data.channels, config.data.size, config.data.size)
+    with torch.device("meta"):
+        plan = lrcnn_lightning.plan(build(config.model).train(), torch.empty(shape), **strategy_options(config))
+    assert plan.rows > 1 and not plan.notes
+    assert 4 * plan.peak_bytes < plan.plain_peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("plain", "rowwise", "text"),
+    [
+        (300, 100, "3.0 x less"),
+        (100, 100, "about the same"),
+        (100, 103, "about the same"),
+        (100, 150, "1.5 x more"),
+        (None, 100, ""),
+    ],
+)
+def test_the_summary_says_less_only_where_it_is_less(plain: int | None, rowwise: int | None, text: str) -> None:
+    assert summary_module._less(plain, rowwise) == text
+
+
+def test_callbacks_and_loggers_are_chosen_independently(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A monitor of the learning rate refuses a Trainer without a logger; without callbacks nothing is written."""
+    in_process(monkeypatch, tmp_path, *PLAIN, "callbacks=memory", "trainer.max_steps=1", "measure_steps=0")
+    assert (tmp_path / "output" / "checkpoints" / "last.ckpt").exists()
+    (tmp_path / "none").mkdir()
+    in_process(monkeypatch, tmp_path / "none", *PLAIN, "logger=csv", "trainer.max_steps=1", "measure_steps=0")
+    assert not list((tmp_path / "none").rglob("*.ckpt"))
 
 
 def test_activation_memory_is_logged_and_drawn_on_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -304,6 +348,35 @@ def test_plain_pytorch_has_no_plan(
     with pytest.raises(SystemExit):
         in_process(monkeypatch, tmp_path, "strategy=plain", module=plan_module)
     assert "strategy=plain has no plan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("frontier=maybe", "frontier must be true or false (given: 'maybe')"),
+        ("strategy.modules=[nope]", "modules='nope': Task has no submodule of that name; its submodules are model"),
+        ("strategy.modules=[features]", 'did you mean "model.features"?'),
+        ("strategy.modules=[model.features]", "lrcnn-plan plans the whole network (given: model.features; allowed:"),
+    ],
+)
+def test_what_a_plan_cannot_do_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, override: str, words: str
+) -> None:
+    from lrcnn_lightning.cli import plan as plan_module
+
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    with pytest.raises(SystemExit):
+        in_process(monkeypatch, tmp_path, "data.size=64", override, module=plan_module)
+    assert words in capsys.readouterr().err
+
+
+def test_a_plan_of_the_whole_network_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from lrcnn_lightning.cli import plan as plan_module
+
+    in_process(monkeypatch, tmp_path, "data.size=64", "strategy.modules=[model]", module=plan_module)
+    assert "plan: plain" in capsys.readouterr().out
 
 
 APPLICATION = """

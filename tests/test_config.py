@@ -7,11 +7,12 @@ import inspect
 import math
 import pickle
 import re
+import warnings
 from typing import Any
 
 import pytest
 
-from lrcnn_lightning.config import RowConfig, did_you_mean, format_size, parse_size
+from lrcnn_lightning.config import RowConfig, did_you_mean, format_count, format_size, parse_size
 from lrcnn_lightning.errors import ConfigError, RowwiseError
 
 DEFAULTS = {
@@ -116,6 +117,7 @@ def test_replace_checks_again() -> None:
         ("memory_budget", True, ["True (bool)"]),
         ("memory_budget", 1e9, ["float", "write memory_budget=1000000000"]),
         ("memory_budget", "6 gigs", ["memory_budget must be", "unknown unit of size 'gigs'", '"6GiB"']),
+        ("memory_budget", "6 bananas", ["memory_budget must be", "unknown unit of size 'bananas'", "allowed: B, KB"]),
         ("memory_budget", "atuo", ['did you mean "auto"?']),
         ("memory_budget", ["6GiB"], ["(list)"]),
         ("max_overhead", -0.1, ["max_overhead must be a number of at least 0", "-0.1", "use 0"]),
@@ -152,6 +154,25 @@ def test_refusals_say_what_was_given_what_is_allowed_and_what_to_do(
     assert message.startswith(f"{option} must be ")
     for word in words:
         assert word in message
+
+
+def test_a_refused_size_has_its_examples_once() -> None:
+    for text in ("6 bananas", "bananas", "6G"):
+        assert refusal(memory_budget=text).count('"6GiB"') == 1
+
+
+def test_an_overhead_that_looks_like_a_percentage_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"max_overhead=35 allows 3500 % .* write max_overhead=0\.35 for 35 %, or inf"):
+        assert RowConfig(max_overhead=35).max_overhead == 35
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert RowConfig(max_overhead=math.inf).max_overhead == math.inf
+        assert RowConfig(max_overhead=9).max_overhead == 9
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows")])
+def test_a_number_of_things(number: int, text: str) -> None:
+    assert format_count(number, "row") == text
 
 
 def test_a_refusal_is_a_value_error_and_of_the_package() -> None:

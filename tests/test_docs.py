@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from packaging.requirements import Requirement
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -74,6 +75,18 @@ def test_python_code_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> N
 def test_the_test_command_is_that_of_the_continuous_integration() -> None:
     command = next(line for line in README.splitlines() if line.endswith("-m pytest"))
     assert command in (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("version", ["3.10", "3.11"])
+def test_every_python_has_one_release_of_each_package(version: str) -> None:
+    """Packages leave old Pythons behind, so that one list of releases would fit the latest alone."""
+    lines = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    held = [pin for pin in pins if pin.marker is None or pin.marker.evaluate({"python_version": version})]
+    names = [pin.name.lower() for pin in held]
+    assert {"torch", "numpy", "matplotlib", "networkx"} <= set(names) and len(names) == len(set(names))
+    numpy = next(pin for pin in held if pin.name == "numpy")
+    assert numpy.specifier.contains("2.2.6") == (version == "3.10")  # the last one for Python 3.10
 
 
 def test_list_of_operations_is_current() -> None:

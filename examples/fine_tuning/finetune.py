@@ -75,7 +75,8 @@ class Unfreeze(BaseFinetuning):
 
 def describe(plan: Plan) -> str:
     megabytes, plain = (size / 2**20 for size in (plan.peak_bytes, plan.plain_peak_bytes))
-    return f"{plan.mode}, {plan.rows} rows, activation peak {megabytes:.1f} MiB (plain PyTorch {plain:.1f} MiB)"
+    rows = "1 row" if plan.rows == 1 else f"{plan.rows} rows"
+    return f"{plan.mode}, {rows}, activation peak {megabytes:.1f} MiB (plain PyTorch {plain:.1f} MiB)"
 
 
 def digits(labels: range, count: int, size: int) -> DataLoader[list[Tensor]]:
@@ -87,7 +88,7 @@ def digits(labels: range, count: int, size: int) -> DataLoader[list[Tensor]]:
     return DataLoader(TensorDataset(images, digit[wanted] - labels.start), batch_size=8)
 
 
-def main(strategy: str | Strategy, size: int = 192, count: int = 64, channels: int = 16) -> DigitClassifier:
+def main(strategy: str | Strategy, size: int = 256, count: int = 64, channels: int = 16) -> DigitClassifier:
     seed_everything(0, verbose=False)
     model = DigitClassifier(channels)
     options = {"devices": 1, "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
@@ -103,4 +104,4 @@ def main(strategy: str | Strategy, size: int = 192, count: int = 64, channels: i
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plain", action="store_true", help="fine-tune plainly, for comparison")
-    main("auto" if parser.parse_args().plain else LRCNNStrategy(mode="two_phase"))
+    main("auto" if parser.parse_args().plain else LRCNNStrategy(mode="two_phase", rows=8, memory_budget=None))

@@ -63,7 +63,7 @@ class Photographs(LightningDataModule):
         batch_size: Squares in a step.
     """
 
-    def __init__(self, size: int = 192, count: int = 96, batch_size: int = 2) -> None:
+    def __init__(self, size: int = 384, count: int = 24, batch_size: int = 2) -> None:
         super().__init__()
         self.save_hyperparameters()
 

@@ -90,7 +90,7 @@ class VesselSegmenter(LightningModule):
 
 def main(
     strategy: str | Strategy,
-    shape: tuple[int, int, int] = (96, 48, 48),
+    shape: tuple[int, int, int] = (128, 64, 64),
     count: int = 6,
     epochs: int = 4,
     channels: int = 8,
@@ -116,7 +116,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plain", action="store_true", help="train plainly, for comparison")
     parser.add_argument("--axis", type=int, default=2, help="axis that is cut: 2 depth (default), 3 height, 4 width")
-    parser.add_argument("--shape", type=int, nargs=3, default=(96, 48, 48), metavar=("D", "H", "W"))
+    parser.add_argument("--shape", type=int, nargs=3, default=(128, 64, 64), metavar=("D", "H", "W"))
     arguments = parser.parse_args()
-    rows = LRCNNStrategy(mode="two_phase", axis=arguments.axis)
+    rows = LRCNNStrategy(mode="two_phase", memory_budget=None, axis=arguments.axis)
     main("auto" if arguments.plain else rows, tuple(arguments.shape))

@@ -9,6 +9,7 @@ from typing import Any
 from hydra.errors import CompactHydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
 from lrcnn_lightning.errors import ConfigError, RowwiseError
 
@@ -17,6 +18,10 @@ __all__ = ["CommandError", "build", "build_all", "causes", "strategy_options", "
 _EXTRA = "lrcnn-lightning[models]"
 _LIBRARIES = {"torchvision": _EXTRA, "timm": _EXTRA, "monai": _EXTRA, "tensorboard": "tensorboard"}
 """Optional libraries that the shipped configurations name, and what to install for each."""
+
+
+_OPEN = {"model.name": "model=timm model.name=convnext_tiny, or model=torchvision model.name=resnet18"}
+"""Values that the shipped configurations leave open, with an example."""
 
 
 class CommandError(CompactHydraException):
@@ -36,6 +41,8 @@ def user_errors() -> Iterator[None]:
         for cause in causes(error):
             if isinstance(cause, RowwiseError):
                 raise CommandError(f"error: {cause}") from error
+            if isinstance(cause, MissingMandatoryValue):
+                raise CommandError(f"error: {_missing(cause)}") from None  # Hydra would print this cause, too
             if isinstance(cause, ModuleNotFoundError) and cause.name and not cause.name.startswith("lrcnn_lightning"):
                 package = cause.name.partition(".")[0]
                 raise CommandError(
@@ -43,6 +50,14 @@ def user_errors() -> Iterator[None]:
                     f"run: pip install '{_LIBRARIES.get(package, package)}', or choose a configuration without it"
                 ) from error
         raise
+
+
+def _missing(error: MissingMandatoryValue) -> str:
+    """What to write for a value that a configuration leaves open (``???``), with an example if it is a shipped one."""
+    key = str(error.full_key or error.key)
+    if key in _OPEN:
+        return f"{key} is not given, and the chosen configuration has no default for it; write for example {_OPEN[key]}"
+    return f"{key} is not given, and the chosen configuration has no default for it; write {key}=VALUE"
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

@@ -17,7 +17,9 @@ from torch import nn
 
 import lrcnn_lightning
 from lrcnn_lightning.cli.build import build, strategy_options, user_errors
+from lrcnn_lightning.config import RowConfig
 from lrcnn_lightning.errors import ConfigError
+from lrcnn_lightning.session import select_modules
 
 __all__ = ["main"]
 
@@ -27,15 +29,18 @@ def main(config: DictConfig) -> None:
     """Print the plan; draw it, too, if ``plot`` names a file. With ``frontier=true``: memory against work."""
     with user_errors():
         options = strategy_options(config)
+        if not isinstance(config.frontier, bool):
+            raise ConfigError(f"frontier must be true or false (given: {config.frontier!r})")
         shape = _shape(config)
         # On the meta device weights and image have shapes and no bytes, so neither need fit into this machine.
         with torch.device("meta"):
             model: nn.Module = build(config.model)
             example = torch.empty(shape)
+        _check_modules(model, config.strategy.get("modules", "auto"))
         if config.frontier:
             frontier = lrcnn_lightning.frontier(model.train(), example, **options)
             print(frontier)
-            _draw(frontier, config.plot or "frontier.png")
+            _draw(frontier, config.plot or "frontier.png", f"{type(model).__name__}, input {list(shape)}")
             return
         plan = lrcnn_lightning.plan(model.train(), example, **options)
         print(plan)
@@ -43,10 +48,31 @@ def main(config: DictConfig) -> None:
             _draw(plan, config.plot)
 
 
-def _draw(subject: Any, name: str) -> None:
+def _draw(subject: Any, name: str, *title: str) -> None:
     path = Path(HydraConfig.get().runtime.output_dir) / name
-    subject.plot(path)
+    subject.plot(path, *title)
     print(f"picture: {path}")
+
+
+class Task(nn.Module):
+    """What has the network as its ``model``, as the LightningModule of ``lrcnn-train`` does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+def _check_modules(model: nn.Module, modules: Any) -> None:
+    """Raise `ConfigError` for modules that are not the whole network: what enters a part is not known here."""
+    names = RowConfig(modules=modules).module_names
+    if names is None:
+        return
+    select_modules(Task(model), names)
+    if names != ("model",):
+        raise ConfigError(
+            f"strategy.modules: lrcnn-plan plans the whole network (given: {', '.join(names)}; allowed: auto or "
+            "model); leave it out, or run lrcnn-train, which prints the plan of each module"
+        )
 
 
 def _shape(config: DictConfig) -> tuple[int, ...]:

@@ -30,5 +30,8 @@ StrategySchema = make_dataclass(
 
 
 def register_schemas() -> None:
-    """Put the schema into Hydra's ConfigStore as ``strategy/schema``; doing so again changes nothing."""
-    ConfigStore.instance().store(group="strategy", name="schema", node=StrategySchema, provider="lrcnn_lightning")
+    """Put the schema into Hydra's ConfigStore as ``lrcnn_strategy``; doing so again changes nothing.
+
+    It belongs to no group: an option of group ``strategy`` could be chosen, and would be offered.
+    """
+    ConfigStore.instance().store(name="lrcnn_strategy", node=StrategySchema, provider="lrcnn_lightning")

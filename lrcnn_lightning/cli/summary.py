@@ -130,8 +130,8 @@ class Summary:
             table.add_column("row-wise", justify="right")
             table.add_column("ratio", justify="right")
             rowwise = self.rowwise
-            memory += [rowwise.memory_text, _ratio(plain.peak_bytes, rowwise.peak_bytes, "{:.1f} x less")]
-            seconds += [rowwise.seconds_text, _ratio(rowwise.seconds, plain.seconds, "{:.2f} x the time")]
+            memory += [rowwise.memory_text, _less(plain.peak_bytes, rowwise.peak_bytes)]
+            seconds += [rowwise.seconds_text, _times(rowwise.seconds, plain.seconds)]
         table.add_row("activation memory", *memory)
         table.add_row("seconds a step", *seconds)
         return table
@@ -249,5 +249,15 @@ def _free_bytes(device: torch.device) -> int:
         return 4 * 2**30
 
 
-def _ratio(numerator: float | None, denominator: float | None, form: str) -> str:
-    return "" if not numerator or not denominator else form.format(numerator / denominator)
+def _less(plain: int | None, rowwise: int | None) -> str:
+    """How much less a row-wise step takes, or how much more; nothing where one of them is not known."""
+    if not plain or not rowwise:
+        return ""
+    less, more = (f"{ratio:.1f} x" for ratio in (plain / rowwise, rowwise / plain))
+    if less == more:
+        return "about the same"
+    return f"{less} less" if plain > rowwise else f"{more} more"
+
+
+def _times(rowwise: float | None, plain: float | None) -> str:
+    return "" if not rowwise or not plain else f"{rowwise / plain:.2f} x the time"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 from omegaconf import DictConfig
 from rich.console import Console
@@ -65,12 +67,9 @@ def train(config: DictConfig) -> float | None:
         scheduler=build(config.scheduler),
     )
     timer = StepTimer()
-    trainer: Trainer = build(
-        config.trainer,
-        strategy=strategy,
-        callbacks=[*build_all(config.callbacks), timer],
-        logger=build_all(config.logger) or False,
-    )
+    trainer = _trainer(config, strategy, timer)
+    # The summary's table sets both side by side.
+    warnings.filterwarnings("ignore", message="this batch fits without rows")
 
     start = time.perf_counter()
     trainer.fit(task, datamodule=data, ckpt_path=config.checkpoint)
@@ -97,6 +96,20 @@ def train(config: DictConfig) -> float | None:
         summary.save(folder)
         print(f"output: {folder}")
     return value
+
+
+def _trainer(config: DictConfig, strategy: Any, timer: StepTimer) -> Trainer:
+    """The Trainer, with the callbacks that go with the loggers: the groups are chosen independently."""
+    loggers, callbacks = build_all(config.logger), build_all(config.callbacks)
+    if not loggers:  # it refuses to run where there is nothing to log to
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+    options: dict[str, Any] = {}
+    if "enable_checkpointing" not in config.trainer and not any(isinstance(c, Checkpoint) for c in callbacks):
+        options["enable_checkpointing"] = False  # by default Lightning adds a callback that writes them
+    made: Trainer = build(
+        config.trainer, strategy=strategy, callbacks=[*callbacks, timer], logger=loggers or False, **options
+    )
+    return made
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
 """The frontier: how much memory buys how much time.
 
-Of all plans that a search tries, those that no other beats in both. With it, on the same axes, plain PyTorch and
-activation checkpointing (segment borders kept, one row, so nothing but whole segments is computed again).
+Of all plans that a search tries, those that no other, plain PyTorch included, beats in both. With them, on the same
+axes, plain PyTorch and activation checkpointing (segment borders kept, one row, so nothing but whole segments is
+computed again).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lrcnn_lightning.config import RowConfig, format_size
+from lrcnn_lightning.config import RowConfig, format_count, format_size
 from lrcnn_lightning.plan.machine import Machine
 from lrcnn_lightning.plan.plan import Choices, build_plan, plain_plan
 from lrcnn_lightning.plan.search import search_plans
@@ -22,6 +23,8 @@ from lrcnn_lightning.rules import RowGraph
 __all__ = ["Frontier", "Point", "find_frontier"]
 
 _CHECKPOINTS = (2, 3, 4, 6, 8, 12, 16)
+_FASTER = 1.05
+"""More memory buys at least this factor of time from one point to the next."""
 _OVERHEADS = (0.0, 0.35, 1.0, float("inf"))
 
 
@@ -36,7 +39,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Frontier:
-    """``points`` from the least memory to the least work: memory rises, work falls."""
+    """``points`` from the least memory to the least work: memory rises, work falls.
+
+    There are none where plain PyTorch takes less of both than any plan that was tried.
+    """
 
     points: tuple[Point, ...]
     checkpointing: tuple[Point, ...]
@@ -56,10 +62,11 @@ class Frontier:
                 lines.append(f"{peak:>16}  {share:>8.0%}  {point.overhead:>+10.0%}  {prefix}{point.plan}")
         return "\n".join(lines)
 
-    def plot(self, path: str | Path) -> None:
-        """Draw memory against work (PNG, PDF or SVG by the ending)."""
+    def plot(self, path: str | Path, title: str = "") -> None:
+        """Draw memory against work (PNG, PDF or SVG by the ending), under a title such as the network's name."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
         figure = Figure(figsize=(7.5, 5), layout="constrained")
         FigureCanvasAgg(figure)
@@ -74,6 +81,11 @@ class Frontier:
             x = [point.peak_bytes / unit for point in points]
             axis.plot(x, [100 * point.overhead for point in points], style, label=label)
         axis.set_xscale("log")
+        # Plain numbers: the axis spans a decade or two, of which the usual powers of ten name one or two places.
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_title(title)
         axis.set_xlabel(f"predicted activation peak, {'GiB' if unit == 2**30 else 'MiB'}")
         axis.set_ylabel("predicted extra work, % of plain")
         axis.grid(True, which="both", alpha=0.3)
@@ -96,7 +108,8 @@ def find_frontier(
     for segments in _CHECKPOINTS if training else ():
         made = build_plan(graph, leaves, training, Choices("overlap", 1, segments, 1, "borders"), machine)
         checkpoints.append(Point(made.peak_bytes, made.overhead, f"{segments} segments"))
-    return Frontier(tuple(_best(rows)), tuple(_best(checkpoints)), start)
+    chosen = [point for point in _best([*rows, start]) if point is not start]
+    return Frontier(tuple(_thinned(chosen)), tuple(_best(checkpoints)), start)
 
 
 def _best(points: Iterable[Point]) -> list[Point]:
@@ -108,12 +121,24 @@ def _best(points: Iterable[Point]) -> list[Point]:
     return chosen
 
 
+def _thinned(points: Sequence[Point]) -> list[Point]:
+    """Without those that are hardly faster than the one before."""
+    chosen: list[Point] = []
+    for point in points:
+        if not chosen or (1 + chosen[-1].overhead) / (1 + point.overhead) >= _FASTER:
+            chosen.append(point)
+    return chosen
+
+
 def _words(choices: Choices) -> str:
+    """What a plan is, in a line; the rows of its segments are set apart by strokes where they differ."""
     parts = choices.parts
     modes = sorted({part.mode for part in parts} or {choices.mode})
-    rows = sorted({part.rows for part in parts} or {choices.rows})
-    span = str(rows[0]) if len(rows) == 1 else f"{rows[0]} to {rows[-1]}"
+    rows = [part.rows for part in parts] or [choices.rows]
+    counted = format_count(rows[0], "row") if len(set(rows)) == 1 else f"{'/'.join(map(str, rows))} rows"
     keepings = sorted({part.keeping for part in parts} or {choices.keeping})
-    chunks = f", {choices.batch_chunks} batch chunks" if choices.batch_chunks > 1 else ""
-    segments = len(parts) or choices.segments
-    return f"{' and '.join(modes)}, {span} rows, {segments} segments, keeping {' and '.join(keepings)}{chunks}"
+    segments = format_count(len(parts) or choices.segments, "segment")
+    words = f"{' and '.join(modes)}, {counted}, {segments}, keeping {' and '.join(keepings)}"
+    if choices.exceptions:
+        words += f" but for {format_count(len(choices.exceptions), 'map')}"
+    return words + (f", {choices.batch_chunks} batch chunks" if choices.batch_chunks > 1 else "")
