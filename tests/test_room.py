@@ -20,9 +20,9 @@ from lrcnn_lightning.plan import plan as planning
 from lrcnn_lightning.plan.keeping import KEEPINGS
 from lrcnn_lightning.plan.machine import Machine
 from lrcnn_lightning.plan.memo import Memo
-from lrcnn_lightning.plan.plan import Choices, Plan, build_plan
+from lrcnn_lightning.plan.plan import Choices, Part, Plan, build_plan
 from lrcnn_lightning.plan.program import BackwardRows, RunRows
-from tests.oracle import assert_exact, row_graph
+from tests.oracle import assert_exact, differences, observe, row_graph, twin
 
 
 class Block(nn.Module):
@@ -180,3 +180,28 @@ def test_predicted_operations_are_those_that_run(mode: str, rows: int) -> None:
     with torch.autograd.set_multithreading_enabled(False), FlopCounterMode(display=False) as counter:
         execution(net, [images]).sum().backward()
     assert plan.cost.seconds == counter.get_total_flops()
+
+
+def test_other_cuts_do_not_bring_carries() -> None:
+    """A loop that carries nothing in four rows carries something in six, where a cut lies inside of what a pool reads;
+    the forward pass has kept nothing for it then.
+    """
+
+    def block(channels: int, width: int) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+
+    torch.manual_seed(0)
+    frozen = nn.Sequential(block(1, 2), block(2, 2), nn.MaxPool2d(2)).eval().requires_grad_(False)
+    rest = nn.Sequential(block(2, 4), nn.MaxPool2d(2), block(4, 4))
+    net = nn.Sequential(frozen, rest, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64, 5)).double()
+    inputs = [torch.randn(1, 1, 256, 256, dtype=torch.float64)]
+    graph = row_graph(net, inputs)
+    leaves = requires_grad_leaves(graph.graph, net, inputs)
+    parts = tuple(Part(first, "two_phase", rows, "lean") for first, rows in ((0, 4), (7, 64), (14, 16)))
+    choices = Choices("two_phase", 16, 3, 1, "lean", parts, rows_where_needed=True)
+    plan = build_plan(graph, leaves, True, choices)
+    assert any(len(loop.rows) < 64 for loop in plan.segments[1].loops())
+    ours = twin(net)
+    want = observe(net, net, inputs, 0)
+    found = observe(lambda x: Execution(plan)(ours, [x]), ours, inputs, 0)
+    assert not differences(found, want)

@@ -228,7 +228,7 @@ class OfSize(Task):
         self.batch_size = 1
 
     def train_dataloader(self) -> Any:
-        return loader(16, self.batch_size)
+        return loader(64, self.batch_size)  # more than any batch: the finder never halves a whole dataset
 
     def val_dataloader(self) -> Any:
         return loader(4, self.batch_size)

@@ -77,7 +77,8 @@ def _redivided(graph: RowGraph, segment: SegmentProgram, rows: Mapping[str, int]
         if loop.name not in rows:
             return loop
         if loop.name not in made:
-            made[loop.name] = redivide(graph, loop, rows[loop.name], memo)
+            other = redivide(graph, loop, rows[loop.name], memo)
+            made[loop.name] = loop if other.carries else other  # other cuts may lie where something is carried
         return made[loop.name]
 
     def changed(step: Step) -> Step:
