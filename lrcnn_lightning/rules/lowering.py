@@ -10,6 +10,7 @@ import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -44,6 +45,8 @@ class RowGraph:
     rules: tuple[RowRule | Reduction | None, ...]
     axes: dict[int, Axes]
     batch_splits: bool
+    captured: Graph
+    """The graph as it was before operations were expanded: what plain execution runs."""
 
     @cached_property
     def values(self) -> tuple[Value, ...]:
@@ -52,6 +55,11 @@ class RowGraph:
     @cached_property
     def nodes(self) -> tuple[Node, ...]:
         return self.graph.nodes
+
+    @cached_property
+    def learned(self) -> dict[str, Any]:
+        """What was found out by running its operations on tensors without data, by what it is."""
+        return {}
 
     @cached_property
     def producer(self) -> dict[int, int]:
@@ -154,8 +162,8 @@ def lower(graph: Graph, axis: int | str = "auto") -> RowGraph:
             roles.append(Role.WHOLE)
             for output in node.outputs:
                 axes[output] = _seed(builder.values[output], dimension, rank, samples)
-    graph = replace(graph, values=tuple(builder.values), nodes=tuple(builder.nodes))
-    return RowGraph(graph, tuple(roles), tuple(rules), axes, batch_splits)
+    expanded = replace(graph, values=tuple(builder.values), nodes=tuple(builder.nodes))
+    return RowGraph(expanded, tuple(roles), tuple(rules), axes, batch_splits, graph)
 
 
 def _expanded(graph: Graph, builder: Builder, dependent: set[int]) -> Iterator[Node]:
