@@ -17,15 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lrcnn_lightning.graph import Ref, map_refs
+from lrcnn_lightning.graph import Node, Ref, map_refs
 from lrcnn_lightning.graph.switches import entered
 from lrcnn_lightning.plan.trial import Operand, Trial, tried, without_data
 from lrcnn_lightning.rules import Interval, Reduction, Role, RowGraph, RowRule, Tile
 
 __all__ = ["Footprint", "Footprints"]
 
-_LOW = 24
-"""Rows up to which a height is tried itself."""
+_LOW, _HIGH = 4, 12
+"""The heights of rows that are tried."""
 
 
 class Footprint(NamedTuple):
@@ -100,11 +100,18 @@ class Footprints:
     # ---------------------------------------------------------------- trials
 
     def _on_the_line(self, position: int, computed: Interval, height: int) -> Footprint:
-        """From two trials at the same border, or from one where the map or the row is low."""
+        """From two trials at the same border, or from one where the map is low or the row is the whole of it."""
+        rule = self.graph.rules[position]
+        assert isinstance(rule, RowRule)
         length, top, bottom = computed.length, computed.lo == 0, computed.hi == height
-        if length <= _LOW or (top and bottom) or height < 3 * _LOW:
+        if top or bottom:
+            # Nothing is different at a border where as many rows are needed as elsewhere.
+            middle = rule.needed(Interval(height // 2, height // 2 + 1)).length
+            if all(rule.needed(Interval(row, row + 1)).length == middle for row in (0, height - 1)):
+                top = bottom = False
+        if (top and bottom) or height < _HIGH + 2:
             return self._named(position, self._slab_trial(position, computed), computed)
-        low, high = _LOW // 2, _LOW
+        low, high = _LOW, _HIGH
         trials = []
         for rows in (low, high):
             lo = 0 if top else height - rows if bottom else (height - rows) // 2
@@ -150,11 +157,7 @@ class Footprints:
         operands = {number: self._operand(index, None) for number, index in enumerate(node.inputs)}
 
         def call(tensors: Mapping[int, Tensor]) -> Any:
-            numbers = {index: number for number, index in enumerate(node.inputs)}
-            args = map_refs(node.args, lambda ref: tensors[numbers[ref.index]])
-            kwargs = map_refs(node.kwargs, lambda ref: tensors[numbers[ref.index]])
-            with entered(node.context):
-                return node.op(*args, **kwargs)
+            return _called(node, {index: tensors[number] for number, index in enumerate(node.inputs)})
 
         return self._tried(None, position, call, operands)
 
@@ -188,7 +191,10 @@ class Footprints:
             shape[row] = rows.length
         wanted = index in self.differentiable and (value.dtype.is_floating_point or value.dtype.is_complex)
         counted = graph.is_map(index) or (rows is None and value.kind.value == "computed")
-        strides = _dense(shape, self._known_strides().get(index))
+        made_by_rows = index in graph.producer and graph.roles[graph.producer[index]] is Role.ROW
+        # Rows are written to a map that is contiguous; a slab may be a view.
+        known = None if rows is None and made_by_rows else self._known_strides().get(index)
+        strides = _dense(shape, known)
         return Operand(tuple(shape), strides, value.dtype, value.device, counted, wanted)
 
     def _known_strides(self) -> dict[int, tuple[int, ...]]:
@@ -202,15 +208,13 @@ class Footprints:
     def _run_for_strides(self, strides: dict[int, tuple[int, ...]]) -> None:
         graph = self.graph
         for node in graph.nodes:
-            tensors = {}
+            tensors: dict[int, Tensor] = {}
             for index in node.inputs:
                 value = graph.values[index]
                 given = strides.get(index) or _dense(value.shape, None)
                 tensors[index] = torch.empty_strided(value.shape, given, dtype=value.dtype, device=value.device)
-            args, kwargs = (map_refs(tree, lambda ref: tensors[ref.index]) for tree in (node.args, node.kwargs))
             try:
-                with entered(node.context):
-                    results = node.op(*args, **kwargs)
+                results = _called(node, dict(tensors))
             except Exception:  # it is taken to be contiguous
                 continue
             results = results if isinstance(results, (list, tuple)) else (results,)
@@ -283,6 +287,13 @@ def _dense(shape: Any, order: tuple[int, ...] | None) -> tuple[int, ...]:
         strides[dimension] = step
         step *= max(shape[dimension], 1)
     return tuple(strides)
+
+
+def _called(node: Node, tensors: Mapping[int, Tensor]) -> Any:
+    """A node on full tensors, by their indices."""
+    args, kwargs = (map_refs(tree, lambda ref: tensors[ref.index]) for tree in (node.args, node.kwargs))
+    with entered(node.context):
+        return node.op(*args, **kwargs)
 
 
 def _frozen(tree: Any) -> Any:

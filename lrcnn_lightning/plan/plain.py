@@ -89,8 +89,9 @@ def _dropped(graph: Graph) -> dict[int, list[int]]:
     producer = graph.producers()
     ends: dict[str, tuple[int, int]] = {}  # path of a submodule -> first and last node of the call that goes on
     calls: list[tuple[int, int]] = []
-    for position, node in enumerate((*graph.nodes, None)):
-        names = [] if node is None or not node.module else node.module.split(".")
+    paths = [node.module for node in graph.nodes]
+    for position, module in enumerate((*paths, "")):
+        names = module.split(".") if module else []
         inside = {".".join(names[: depth + 1]) for depth in range(len(names))}
         calls += [ends.pop(path) for path in [*ends] if path not in inside]
         for path in inside:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -83,16 +83,12 @@ def without_data() -> Iterator[None]:
     """Tensors that are made here have no data, whatever modes are in force outside."""
     if not _FAKE:
         _FAKE.append(FakeTensorMode(allow_non_fake_inputs=True))
-    with _disable_current_modes(), _FAKE[0]:  # type: ignore[no-untyped-call]
+    with _disable_current_modes(), _FAKE[0]:
         kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-        switches = [torch.autocast(kind, enabled=False) for kind in kinds]
-        for switch in switches:
-            switch.__enter__()
-        try:
+        with ExitStack() as switches:
+            for kind in kinds:
+                switches.enter_context(torch.autocast(kind, enabled=False))
             yield
-        finally:
-            for switch in reversed(switches):
-                switch.__exit__(None, None, None)
 
 
 class _Watch(torch.autograd.Function):
