@@ -15,8 +15,7 @@ A step then looks nothing up but tensors: a row of many operations costs little 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,26 +23,15 @@ from torch import Tensor
 
 from lrcnn_lightning.engine.maps import Cuts, cuts_of, taken
 from lrcnn_lightning.graph import Context, Ref, map_refs, references
+from lrcnn_lightning.graph.switches import entered
 from lrcnn_lightning.plan.halos import Row
 from lrcnn_lightning.plan.loop import BackwardPass, Loop
 from lrcnn_lightning.rules import Interval, RowGraph, RowRule, Tile
 
-__all__ = ["Prepared", "SlabCall", "Target", "entered"]
+__all__ = ["Prepared", "SlabCall", "Target"]
 
 _DEFAULT = Context()
 _SLAB, _STORE, _TAP = range(3)
-
-
-@contextlib.contextmanager
-def entered(context: Context) -> Iterator[None]:
-    """The switches that the module's code had set around a node."""
-    with contextlib.ExitStack() as stack:
-        if not context.grad:
-            stack.enter_context(torch.no_grad())
-        if context.autocast is not None:
-            device, dtype, enabled = context.autocast
-            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
-        yield
 
 
 class _Operand(NamedTuple):

@@ -137,7 +137,7 @@ class _Simulation:
         """Simulate the forward pass of a segment."""
         if segment.plain:
             for position in segment.nodes:
-                self._whole(position)
+                self._whole(position, plain=True)
         elif self.memo is None:
             self._forward(segment)
         else:
@@ -152,7 +152,8 @@ class _Simulation:
         graph, memory = self.graph, self.memory
         if segment.plain:
             for position in reversed(segment.nodes):
-                self._backward_whole(position)
+                self._backward_whole(position, plain=True)
+                self.memory.free(("extra", position))
                 for output in graph.nodes[position].outputs:
                     memory.free(("map", output))
                     memory.free(("gradient", output))
@@ -179,7 +180,15 @@ class _Simulation:
             elif isinstance(step, Free):
                 self.memory.free(("map", step.value))
 
-    def _whole(self, position: int) -> None:
+    def _whole(self, position: int, plain: bool = False) -> None:
+        """A node on full maps; in a ``plain`` segment autograd saves what it needs beside these."""
+        node = self.graph.nodes[position]
+        if node.outputs:
+            footprint = self.passages.footprints.whole(position)
+            saved = footprint.extra if plain and any(o in self.differentiable for o in node.outputs) else 0.0
+            self.memory.touch(sum(footprint.results) + max(saved + footprint.recompute, footprint.forward))
+            if saved:
+                self.memory.allocate(("extra", position), saved)
         for output in self.graph.nodes[position].outputs:
             self.memory.allocate(("map", output), self.graph.values[output].bytes)
         self.seconds += self.work.forward(position)
@@ -231,10 +240,13 @@ class _Simulation:
                 memory.free(("gradient", index))
         memory.free_all("keep", segment.name)
 
-    def _backward_whole(self, position: int) -> None:
+    def _backward_whole(self, position: int, plain: bool = False) -> None:
+        """The gradients of a node on full maps, which is run again for them but in a ``plain`` segment."""
         node = self.graph.nodes[position]
-        size = sum(self.graph.values[o].bytes for o in node.outputs)
-        self.memory.touch(size)
+        if node.outputs and any(o in self.differentiable for o in node.outputs):
+            footprint = self.passages.footprints.whole(position)
+            again = 0.0 if plain else sum(footprint.results) + footprint.extra
+            self.memory.touch(again + max(0.0 if plain else footprint.recompute, footprint.backward))
         for index in node.inputs:
             if index in self.differentiable and not is_parameter(self.graph, index):
                 self.memory.allocate(("gradient", index), self.graph.values[index].bytes)
@@ -258,14 +270,17 @@ def program_cost(
     memory = simulation.memory
     peaks: dict[int, int] = {}  # peak so far -> the segment that was run when it was reached
     step_peaks: dict[str, tuple[int, ...]] = {}
+    kept = _kept(graph, segments) if differentiable else set()
     for number, segment in enumerate(segments):
         peaks.setdefault(memory.peak, number - 1)
         simulation.run_forward(segment)
-        if not differentiable:
-            for index in segment.inputs:
-                if last_reader.get(index) == number:
-                    memory.free(("map", index))
+        for index in segment.inputs:
+            if last_reader.get(index) == number and index not in kept:
+                memory.free(("map", index))
     if differentiable:
+        for index in graph.graph.output_values():
+            if index not in kept:
+                memory.free(("map", index))  # as where a step returns its loss
         for number, segment in reversed(list(enumerate(segments))):
             peaks.setdefault(memory.peak, min(number + 1, len(segments) - 1))
             kept_before = {index for earlier in segments[:number] for index in earlier.kept}
@@ -278,3 +293,13 @@ def program_cost(
         step_peaks,
         tuple(simulation.loops),
     )
+
+
+def _kept(graph: RowGraph, segments: Sequence[SegmentProgram]) -> set[int]:
+    """What is still there in the backward pass: what segments keep, and whatever plain ones read or make."""
+    kept = {index for segment in segments for index in segment.kept}
+    for segment in segments:
+        if segment.plain:
+            kept.update(segment.inputs)
+            kept.update(output for position in segment.nodes for output in graph.nodes[position].outputs)
+    return kept

@@ -92,3 +92,10 @@ class PeakMemory(Memory):
         super().allocate(key, size)
         if self.peak > before:
             self.at_peak = {key: size for family in self._families.values() for key, size in family.items()}
+
+    def touch(self, size: float) -> None:
+        before = self.peak
+        super().touch(size)
+        if self.peak > before:
+            self.at_peak = {key: size for family in self._families.values() for key, size in family.items()}
+            self.at_peak["passing",] = int(size)

@@ -1,88 +1,140 @@
-"""What plain, column-centric execution costs: what every plan is compared with."""
+"""What plain, column-centric execution costs: what every plan is compared with.
+
+Its memory is found by running the captured operations once on tensors without data, with autograd, as the monitor
+measures a module: no model of what autograd saves could be nearer. Its time is that of the nominal machine.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import contextlib
+from collections.abc import Collection, Mapping
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from lrcnn_lightning.graph import Graph, Node, Ref, Value, ValueKind, map_refs
+from lrcnn_lightning.graph.switches import entered
+from lrcnn_lightning.monitor.measure import measure_module
 from lrcnn_lightning.plan.cost import Cost
 from lrcnn_lightning.plan.machine import CPU, Machine
-from lrcnn_lightning.plan.memory import Memory
-from lrcnn_lightning.plan.retained import VIEWS, extra_bytes, passes_gradient_on, retains
+from lrcnn_lightning.plan.trial import without_data
 from lrcnn_lightning.plan.work import Work, is_parameter, is_weight
 from lrcnn_lightning.rules import Role, RowGraph
 
 __all__ = ["plain_cost"]
 
 
-def _shared_memory(graph: RowGraph, positions: Sequence[int]) -> list[int]:
-    """For each value the one whose memory it is, in plain execution: views and results of in-place operations share."""
-    memory_of = list(range(len(graph.values)))
-    for position in positions:
-        node = graph.nodes[position]
-        if (node.in_place or node.op in VIEWS) and node.inputs and node.inputs[0] in graph.producer:
-            for output in node.outputs:
-                memory_of[output] = memory_of[node.inputs[0]]
-    return memory_of
-
-
 def plain_cost(graph: RowGraph, differentiable: Collection[int], machine: Machine = CPU) -> Cost:
-    """The cost of one step of plain, column-centric execution: what autograd saves stays until it is used."""
+    """The cost of one step of plain, column-centric execution."""
+    key = ("plain", frozenset(differentiable))
+    known: dict[Any, tuple[int, tuple[int, ...]]] = graph.learned.setdefault("plain", {})
+    if key not in known:
+        known[key] = _memory(graph.captured, differentiable)
+    peak, timeline = known[key]
+    return Cost(peak, _seconds(graph, differentiable, machine), timeline)
+
+
+def _memory(graph: Graph, differentiable: Collection[int]) -> tuple[int, tuple[int, ...]]:
+    """The peak of activation memory of a step, and what is live after each operation, in bytes."""
+    for in_place in (True, False):
+        with without_data(), contextlib.suppress(Exception):
+            module = _Captured(graph, differentiable, in_place)
+            inputs = [_made(value).requires_grad_(value.index in differentiable) for value in graph.inputs]
+            step = measure_module(module, *inputs, grad=bool(differentiable), record=True)
+            return step.peak_bytes, step.timeline
+    # Some operation has no backward pass without data: as if every result were kept.
+    total = sum(graph.values[output].bytes for node in graph.nodes for output in node.outputs)
+    return total, (total,)
+
+
+def _made(value: Value) -> Tensor:
+    return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+
+
+class _Captured(nn.Module):
+    """The captured operations as a module whose tensors have no data."""
+
+    def __init__(self, graph: Graph, differentiable: Collection[int], in_place: bool) -> None:
+        super().__init__()
+        self._in_place = in_place
+        self._graph = graph
+        self._given: dict[int, Tensor] = {}
+        for value in graph.values:
+            if value.kind in (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT):
+                wanted = value.index in differentiable
+                self._given[value.index] = nn.Parameter(_made(value)) if wanted else _made(value)
+        parameters = [tensor for tensor in self._given.values() if isinstance(tensor, nn.Parameter)]
+        self._held = nn.ParameterList(parameters)
+        self._dropped = _dropped(graph)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        graph = self._graph
+        store = dict(self._given)
+        store.update(zip((value.index for value in graph.inputs), inputs, strict=True))
+        for position, node in enumerate(graph.nodes):
+            store.update(zip(node.outputs, _run(node, store, self._in_place), strict=False))
+            for index in self._dropped.get(position, ()):
+                store.pop(index, None)
+        return [store[index] for index in graph.output_values()]
+
+
+def _dropped(graph: Graph) -> dict[int, list[int]]:
+    """After which node no variable of the module's code holds a value any more: after its last reader, and not before
+    the submodule that it was given to returns.
+    """
+    last: dict[int, int] = {}
+    for position, node in enumerate(graph.nodes):
+        last.update(dict.fromkeys((*node.outputs, *node.inputs), position))
+    producer = graph.producers()
+    ends: dict[str, tuple[int, int]] = {}  # path of a submodule -> first and last node of the call that goes on
+    calls: list[tuple[int, int]] = []
+    paths = [node.module for node in graph.nodes]
+    for position, module in enumerate((*paths, "")):
+        names = module.split(".") if module else []
+        inside = {".".join(names[: depth + 1]) for depth in range(len(names))}
+        calls += [ends.pop(path) for path in [*ends] if path not in inside]
+        for path in inside:
+            ends[path] = ends.get(path, (position, position))[0], position
+    for first, end in calls:
+        for node in graph.nodes[first : end + 1]:
+            for index in node.inputs:
+                if producer.get(index, -1) < first:
+                    last[index] = max(last[index], end)
+    result: dict[int, list[int]] = {}
+    for index in producer.keys() - set(graph.output_values()):
+        result.setdefault(last[index], []).append(index)
+    return result
+
+
+def _run(node: Node, store: Mapping[int, Any], in_place: bool) -> tuple[Any, ...]:
+    """The results of a node; with ``in_place`` over its first argument where the module's code said so."""
+
+    def tensor(ref: Ref) -> Any:
+        return store[ref.index]
+
+    args, kwargs = map_refs(node.args, tensor), map_refs(node.kwargs, tensor)
+    with entered(node.context):
+        result = (_over_its_argument(node) if in_place and node.in_place else node.op)(*args, **kwargs)
+    return tuple(result) if isinstance(result, (list, tuple)) else (result,)
+
+
+def _over_its_argument(node: Node) -> Any:
+    """The operation as the module's code called it."""
+    packet = getattr(torch.ops.aten, node.op._schema.name.split("::")[1] + "_")
+    return getattr(packet, node.op._overloadname)
+
+
+def _seconds(graph: RowGraph, differentiable: Collection[int], machine: Machine) -> float:
     work = Work(graph, machine, machine.seconds_a_call)
-    memory = Memory()
     seconds = 0.0
-    holders: dict[int, int] = {}
-    saved_by: dict[int, list[int]] = {}
-    rest = [p for p in range(len(graph.nodes)) if graph.roles[p] is not Role.PROLOGUE]
-    memory_of = _shared_memory(graph, rest)
-    returned = {memory_of[value] for value in graph.graph.output_values()}
-    waiting: dict[int, int] = {}
-    for value, readers in graph.readers.items():
-        waiting[memory_of[value]] = waiting.get(memory_of[value], 0) + len(readers)
-    for position in rest:
-        node = graph.nodes[position]
-        for value in node.outputs:
-            if memory_of[value] == value:
-                memory.allocate(("map", value), graph.values[value].bytes)
-        seconds += work.forward(position)
-        if any(o in differentiable for o in node.outputs):
-            inputs, result = retains(node)
-            saved = [i for i in node.inputs if i in graph.producer] if inputs else []
-            saved += list(node.outputs) if result else []
-            saved = [memory_of[value] for value in saved]
-            saved_by[position] = saved
-            for value in saved:
-                holders[value] = holders.get(value, 0) + 1
-            samples = graph.samples(node.outputs[0]) or 1
-            extra = extra_bytes(graph, position, graph.height(node.outputs[0]) or 1, samples)
-            if extra:
-                memory.allocate(("extra", position), extra)
-        for value in node.inputs:
-            waiting[memory_of[value]] -= 1
-        for value in {memory_of[value] for value in (*node.inputs, *node.outputs)}:
-            if not waiting[value] and not holders.get(value) and value not in returned:
-                memory.free(("map", value))
-    for value in returned:
-        if not holders.get(value):
-            memory.free(("map", value))
-    for position in reversed(rest):
-        node = graph.nodes[position]
-        if not any(o in differentiable for o in node.outputs):
+    for position, node in enumerate(graph.nodes):
+        if graph.roles[position] is Role.PROLOGUE:
             continue
-        wanted = weights = 0
-        for index in node.inputs:
-            if index not in differentiable:
-                continue
-            if is_parameter(graph, index):
-                weights += is_weight(graph, index)
-                continue
-            wanted += 1
-            memory.allocate(("gradient", index), 0 if passes_gradient_on(node) else graph.values[index].bytes)
-        for value in node.outputs:
-            memory.free(("gradient", value))
-        for value in saved_by.get(position, []):
-            holders[value] -= 1
-            if not holders[value]:
-                memory.free(("map", value))
-        memory.free(("extra", position))
-        seconds += work.backward(position, 1.0, wanted + weights, weights)
-    return Cost(memory.peak, seconds, tuple(memory.timeline))
+        seconds += work.forward(position)
+        if any(output in differentiable for output in node.outputs):
+            wanted = [index for index in node.inputs if index in differentiable]
+            weights = sum(is_parameter(graph, index) and is_weight(graph, index) for index in wanted)
+            maps = sum(not is_parameter(graph, index) for index in wanted)
+            seconds += work.backward(position, 1.0, maps + weights, weights)
+    return seconds

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import compress
+from typing import Any
 
 import torch
 
@@ -47,6 +48,8 @@ class RowGraph:
     rules: tuple[RowRule | Reduction | None, ...]
     axes: dict[int, Axes]
     batch_splits: bool
+    captured: Graph
+    """The graph as it was before operations were expanded: what plain execution runs."""
 
     @cached_property
     def values(self) -> tuple[Value, ...]:
@@ -55,6 +58,11 @@ class RowGraph:
     @cached_property
     def nodes(self) -> tuple[Node, ...]:
         return self.graph.nodes
+
+    @cached_property
+    def learned(self) -> dict[str, Any]:
+        """What was found out by running its operations on tensors without data, by what it is."""
+        return {}
 
     @cached_property
     def producer(self) -> dict[int, int]:
@@ -192,8 +200,8 @@ def lower(graph: Graph, axis: int | str = "auto") -> RowGraph:
     unmade = {output for node in builder.nodes for output in node.outputs}
     unmade -= {output for node in nodes for output in node.outputs}
     axes = {index: given for index, given in axes.items() if index not in unmade}
-    graph = replace(graph, values=tuple(builder.values), nodes=nodes)
-    return RowGraph(graph, tuple(compress(roles, kept)), tuple(compress(rules, kept)), axes, batch_splits)
+    expanded = replace(graph, values=tuple(builder.values), nodes=nodes)
+    return RowGraph(expanded, tuple(compress(roles, kept)), tuple(compress(rules, kept)), axes, batch_splits, graph)
 
 
 def _without_rows(builder: Builder, node: Node, rule: RowRule) -> bool:

@@ -1,0 +1,305 @@
+"""Footprints: what each operation of a graph holds on a row of any height, learned from a few trials.
+
+What an operation takes is linear in the rows that it computes, but for the rows at the border of the map, where it may
+pad. So a node is tried on two heights of each kind of row, when that kind is first asked for, and lies on the line
+through them:
+
+    map  |  top  |   inner   |  bottom |        and, where one row is the whole map, that one
+
+Nodes that do the same on the same shapes share their trials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrcnn_lightning.graph import Node, Ref, map_refs
+from lrcnn_lightning.graph.switches import entered
+from lrcnn_lightning.plan.trial import Operand, Trial, tried, without_data
+from lrcnn_lightning.rules import Interval, Reduction, Role, RowGraph, RowRule, Tile
+
+__all__ = ["Footprint", "Footprints"]
+
+_LOW, _HIGH = 4, 12
+"""The heights of rows that are tried."""
+
+
+class Footprint(NamedTuple):
+    """What a call takes on all samples of the batch, in bytes. Values go by their indices in the graph."""
+
+    views: tuple[int | None, ...]
+    """Of each result: the input whose memory it has."""
+    saved_inputs: tuple[int, ...]
+    saved_results: tuple[int, ...]
+    passed_on: dict[int, int]
+    """Input -> the result whose gradient's memory the input's gradient has."""
+    forward: float
+    """At the peak without autograd, beside inputs and results."""
+    recompute: float
+    """At the peak with autograd, beside inputs, results and what is saved beside these."""
+    extra: float
+    """Saved beside inputs and results."""
+    backward: float
+    """At the peak of the backward pass, beside what is saved, the gradients of results and ``whole``."""
+    whole: float
+    """Gradients of whole inputs (parameters, mostly); they do not shrink with the batch."""
+    results: tuple[float, ...]
+    """Each result; 0 for a view."""
+    gradients: dict[int, float]
+    """The gradient of each map among the inputs that has one."""
+
+
+class Footprints:
+    """The footprints of the nodes of a graph; ``differentiable`` are the values that have a gradient."""
+
+    def __init__(self, graph: RowGraph, differentiable: Collection[int]) -> None:
+        self.graph, self.differentiable = graph, differentiable
+        self._trials: dict[Any, Trial | None] = graph.learned.setdefault("trials", {})
+        self._found: dict[tuple[int, int, int, int], Footprint] = {}
+        self._strides: dict[int, tuple[int, ...]] | None = graph.learned.get("strides")
+
+    @classmethod
+    def of(cls, graph: RowGraph, differentiable: Collection[int]) -> Footprints:
+        """Those that are known of the graph already, if any are."""
+        known: dict[frozenset[int], Footprints] = graph.learned.setdefault("footprints", {})
+        key = frozenset(differentiable)
+        if key not in known:
+            known[key] = cls(graph, differentiable)
+        return known[key]
+
+    def slab(self, position: int, computed: Interval) -> Footprint:
+        """Of a node with a row rule that computes the rows ``computed`` of its result."""
+        height = self.graph.height(self.graph.nodes[position].outputs[0])
+        key = (position, computed.length, computed.lo == 0, computed.hi == height)
+        found = self._found.get(key)
+        if found is None:
+            found = self._found[key] = self._on_the_line(position, computed, height)
+        return found
+
+    def whole(self, position: int) -> Footprint:
+        """Of a node that runs on full maps."""
+        key = (position, -1, 0, 0)
+        found = self._found.get(key)
+        if found is None:
+            found = self._found[key] = self._named(position, self._whole_trial(position), None)
+        return found
+
+    def reduction(self, position: int, rows: int) -> tuple[float, float]:
+        """Bytes at the peak of a reduction's part of so many rows of its input, and of the gradient of these rows."""
+        height = self.graph.height(self.graph.nodes[position].inputs[0])
+        key = (position, -2)
+        found = self.graph.learned.setdefault("reductions", {}).get(key)
+        if found is None:
+            found = self.graph.learned["reductions"][key] = self._reduction_trial(position)
+        return found[0] * rows / height, found[1] * rows / height
+
+    # ---------------------------------------------------------------- trials
+
+    def _on_the_line(self, position: int, computed: Interval, height: int) -> Footprint:
+        """From two trials at the same border, or from one where the map is low or the row is the whole of it."""
+        rule = self.graph.rules[position]
+        assert isinstance(rule, RowRule)
+        length, top, bottom = computed.length, computed.lo == 0, computed.hi == height
+        if top or bottom:
+            # Nothing is different at a border where as many rows are needed as elsewhere.
+            middle = rule.needed(Interval(height // 2, height // 2 + 1)).length
+            if all(rule.needed(Interval(row, row + 1)).length == middle for row in (0, height - 1)):
+                top = bottom = False
+        if (top and bottom) or height < _HIGH + 2:
+            return self._named(position, self._slab_trial(position, computed), computed)
+        low, high = _LOW, _HIGH
+        trials = []
+        for rows in (low, high):
+            lo = 0 if top else height - rows if bottom else (height - rows) // 2
+            trials.append(self._slab_trial(position, Interval(lo, lo + rows)))
+        first, second = trials
+        if first is None or second is None or first.gradients.keys() != second.gradients.keys():
+            return self._named(position, self._slab_trial(position, computed), computed)
+        part = (length - low) / (high - low)
+
+        def at(a: float, b: float) -> float:
+            return max(a + part * (b - a), 0.0)
+
+        line = second._replace(
+            forward=at(first.forward, second.forward),
+            recompute=at(first.recompute, second.recompute),
+            extra=at(first.extra, second.extra),
+            backward=at(first.backward, second.backward),
+            whole=at(first.whole, second.whole),
+            results=tuple(at(a, b) for a, b in zip(first.results, second.results, strict=True)),
+            gradients={number: at(first.gradients[number], b) for number, b in second.gradients.items()},
+        )
+        return self._named(position, line, computed)
+
+    def _slab_trial(self, position: int, computed: Interval) -> Trial | None:
+        graph, node, rule = self.graph, self.graph.nodes[position], self.graph.rules[position]
+        assert isinstance(rule, RowRule)
+        batch = graph.axes[node.outputs[0]].batch
+        samples = 0 if batch is None else graph.values[node.outputs[0]].shape[batch]
+        tile, needed = Tile(computed, Interval(0, samples)), rule.needed(computed)
+        operands = {number: self._operand(index, needed) for number, index in enumerate(node.inputs)}
+
+        def call(tensors: Mapping[int, Tensor]) -> Any:
+            numbers = {index: number for number, index in enumerate(node.inputs)}
+            args = map_refs(node.args, lambda ref: tensors[numbers[ref.index]])
+            kwargs = map_refs(node.kwargs, lambda ref: tensors[numbers[ref.index]])
+            with entered(node.context):
+                return rule.prepare(tile)(args, kwargs)
+
+        return self._tried((rule, tile), position, call, operands)
+
+    def _whole_trial(self, position: int) -> Trial | None:
+        node = self.graph.nodes[position]
+        operands = {number: self._operand(index, None) for number, index in enumerate(node.inputs)}
+
+        def call(tensors: Mapping[int, Tensor]) -> Any:
+            return _called(node, {index: tensors[number] for number, index in enumerate(node.inputs)})
+
+        return self._tried(None, position, call, operands)
+
+    def _tried(
+        self,
+        key: Any,
+        position: int,
+        call: Callable[[Mapping[int, Tensor]], Any],
+        operands: Mapping[int, Operand],
+    ) -> Trial | None:
+        node = self.graph.nodes[position]
+        numbers = {index: Ref(number) for number, index in enumerate(node.inputs)}
+        args = map_refs((node.args, node.kwargs), lambda ref: numbers[ref.index])
+        try:
+            signature: Any = (node.op, key, _frozen(args), node.context, tuple(operands.values()))
+            hash(signature)
+        except TypeError:
+            signature = (position, repr(key))
+        if signature not in self._trials:
+            try:
+                self._trials[signature] = tried(call, operands)
+            except Exception:  # some operations have no backward pass without data: taken to save their inputs
+                self._trials[signature] = None
+        return self._trials[signature]
+
+    def _operand(self, index: int, rows: Interval | None) -> Operand:
+        """What stands for a value, or for some rows of it if it is a map."""
+        graph, value = self.graph, self.graph.values[index]
+        shape, row = list(value.shape), graph.axes[index].row if graph.is_map(index) else None
+        if row is not None and rows is not None:
+            shape[row] = rows.length
+        wanted = index in self.differentiable and (value.dtype.is_floating_point or value.dtype.is_complex)
+        counted = graph.is_map(index) or (rows is None and value.kind.value == "computed")
+        made_by_rows = index in graph.producer and graph.roles[graph.producer[index]] is Role.ROW
+        # Rows are written to a map that is contiguous; a slab may be a view.
+        known = None if rows is None and made_by_rows else self._known_strides().get(index)
+        strides = _dense(shape, known)
+        return Operand(tuple(shape), strides, value.dtype, value.device, counted, wanted)
+
+    def _known_strides(self) -> dict[int, tuple[int, ...]]:
+        """The strides of each value, from one run of the graph without data and without autograd."""
+        if self._strides is None:
+            self._strides = self.graph.learned["strides"] = {}
+            with without_data(), torch.no_grad():
+                self._run_for_strides(self._strides)
+        return self._strides
+
+    def _run_for_strides(self, strides: dict[int, tuple[int, ...]]) -> None:
+        graph = self.graph
+        for node in graph.nodes:
+            tensors: dict[int, Tensor] = {}
+            for index in node.inputs:
+                value = graph.values[index]
+                given = strides.get(index) or _dense(value.shape, None)
+                tensors[index] = torch.empty_strided(value.shape, given, dtype=value.dtype, device=value.device)
+            try:
+                results = _called(node, dict(tensors))
+            except Exception:  # it is taken to be contiguous
+                continue
+            results = results if isinstance(results, (list, tuple)) else (results,)
+            for index, result in zip(node.outputs, results, strict=False):
+                if isinstance(result, Tensor) and tuple(result.shape) == graph.values[index].shape:
+                    strides[index] = tuple(result.stride())
+
+    def _reduction_trial(self, position: int) -> tuple[float, float]:
+        """On the full map; what a reduction takes is in proportion to its rows."""
+        graph, node, rule = self.graph, self.graph.nodes[position], self.graph.rules[position]
+        assert isinstance(rule, Reduction)
+        (index, *_), rows = node.inputs, Interval(0, graph.height(node.inputs[0]))
+        slab = self._operand(index, rows)._replace(wanted=False)
+        outputs = [self._operand(output, None)._replace(wanted=False, counted=False) for output in node.outputs]
+        gradients = dict(enumerate((slab, *outputs)))
+
+        def inject(tensors: Mapping[int, Tensor]) -> Any:
+            whole = [tensors[number] for number in range(1, len(tensors))]
+            return rule.inject(tensors[0], rows, whole, whole)
+
+        def partial(tensors: Mapping[int, Tensor]) -> Any:
+            return [part for part in rule.partial(tensors[0], rows) if isinstance(part, Tensor)]
+
+        found = []
+        for call, operands in ((partial, {0: slab}), (inject, gradients)):
+            try:
+                trial = tried(call, operands)
+                found.append(trial.forward + sum(trial.results))
+            except Exception:  # as above
+                found.append(float(graph.values[index].bytes))
+        return found[0], found[1]
+
+    def _named(self, position: int, trial: Trial | None, rows: Interval | None) -> Footprint:
+        """A trial by the indices of the node's values."""
+        graph, node = self.graph, self.graph.nodes[position]
+        inputs, outputs = node.inputs, node.outputs
+        rule = graph.rules[position]
+        if trial is None:
+            sizes = tuple(self._bytes(output, rows) for output in outputs)
+            needed = rule.needed(rows) if rows is not None and isinstance(rule, RowRule) else None
+            maps = [index for index in inputs if graph.is_map(index)]
+            wanted = {index: self._bytes(index, needed) for index in maps if index in self.differentiable}
+            none: tuple[None, ...] = (None,) * len(outputs)
+            total = sum(wanted.values())
+            return Footprint(none, tuple(maps), (), {}, 0.0, 0.0, 0.0, total, 0.0, sizes, wanted)
+        return Footprint(
+            tuple(None if view is None else inputs[view] for view in trial.views[: len(outputs)]),
+            tuple(inputs[number] for number in trial.saved_inputs),
+            tuple(outputs[number] for number in trial.saved_results if number < len(outputs)),
+            {inputs[number]: outputs[result] for number, result in trial.passed_on.items() if result < len(outputs)},
+            trial.forward,
+            trial.recompute,
+            trial.extra,
+            max(trial.backward - trial.whole, sum(trial.gradients.values())),
+            trial.whole,
+            trial.results[: len(outputs)],
+            {inputs[number]: size for number, size in trial.gradients.items()},
+        )
+
+    def _bytes(self, index: int, rows: Interval | None) -> float:
+        size, height = float(self.graph.values[index].bytes), self.graph.height(index)
+        return size if rows is None or not height else size * rows.length / height
+
+
+def _dense(shape: Any, order: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Strides without gaps of a shape, its dimensions in the order of other strides; contiguous without these."""
+    dimensions = sorted(range(len(shape)), key=lambda d: (-order[d], d) if order else (0, d))
+    strides, step = [0] * len(shape), 1
+    for dimension in reversed(dimensions):
+        strides[dimension] = step
+        step *= max(shape[dimension], 1)
+    return tuple(strides)
+
+
+def _called(node: Node, tensors: Mapping[int, Tensor]) -> Any:
+    """A node on full tensors, by their indices."""
+    args, kwargs = (map_refs(tree, lambda ref: tensors[ref.index]) for tree in (node.args, node.kwargs))
+    with entered(node.context):
+        return node.op(*args, **kwargs)
+
+
+def _frozen(tree: Any) -> Any:
+    """Nested arguments as something that can be hashed."""
+    if isinstance(tree, (list, tuple)):
+        return tuple(_frozen(item) for item in tree)
+    if isinstance(tree, dict):
+        return tuple((key, _frozen(item)) for key, item in tree.items())
+    return type(tree), tree

@@ -1,0 +1,250 @@
+"""Trials: an operation is run once on tensors without data, to see what it and autograd hold.
+
+A table of what autograd saves is wrong for the operation that is not in it, and says nothing of what an operation makes
+and drops on the way. So both are observed, in three runs of one call:
+
+    without autograd       bytes at the peak, beside the results
+    with autograd          the same; then results and inputs are dropped one by one: what stays is saved
+    backward               bytes at the peak, beside what was saved and the gradients of the results;
+                           which gradients of inputs are views of those of the results
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from lrcnn_lightning.monitor.meter import MemoryMeter
+
+__all__ = ["Operand", "Trial", "tried", "without_data"]
+
+
+class Operand(NamedTuple):
+    """What stands for a value in a trial: ``counted`` if it is a map or slab, which is memory of the step; ``wanted``
+    if its gradient is.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    counted: bool
+    wanted: bool
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def make(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+
+
+class Trial(NamedTuple):
+    """What one call takes. Inputs and results go by their numbers."""
+
+    views: tuple[int | None, ...]
+    """Of each result: the input whose memory it has."""
+    saved_inputs: tuple[int, ...]
+    saved_results: tuple[int, ...]
+    passed_on: dict[int, int]
+    """Input -> the result whose gradient's memory the input's gradient has."""
+    forward: float
+    """Bytes at the peak without autograd, beside the inputs and the results."""
+    recompute: float
+    """Bytes at the peak with autograd, beside the inputs, the results and what is saved beside these."""
+    extra: float
+    """Bytes saved beside inputs and results."""
+    backward: float
+    """Bytes at the peak of the backward pass, beside what is saved and the gradients of the results."""
+    whole: float
+    """Bytes of the gradients of inputs that are not counted: parameters, mostly."""
+    results: tuple[float, ...]
+    """Bytes of each result, 0 for a view."""
+    gradients: dict[int, float]
+    """Bytes of the gradient of each counted input that has one."""
+
+
+_SCALARS = 64  # bytes of the root, and of what single numbers an operation makes
+
+_FAKE: list[FakeTensorMode] = []
+
+
+@contextmanager
+def without_data() -> Iterator[None]:
+    """Tensors that are made here have no data, whatever modes are in force outside."""
+    if not _FAKE:
+        _FAKE.append(FakeTensorMode(allow_non_fake_inputs=True))
+    with _disable_current_modes(), _FAKE[0]:
+        kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        with ExitStack() as switches:
+            for kind in kinds:
+                switches.enter_context(torch.autocast(kind, enabled=False))
+            yield
+
+
+class _Watch(torch.autograd.Function):
+    """The identity, where a gradient is received and leaves autograd (as in the engine's backward pass)."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, origin: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
+        ctx.receive = receive
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        ctx.receive(gradient)
+        return None, None, None
+
+
+class _Source(torch.autograd.Function):
+    """Where the gradients of results come from: autograd alone holds them, as if a later operation had made them."""
+
+    @staticmethod
+    def forward(ctx: Any, made: list[_Given], numbers: Sequence[int], *results: Tensor) -> Tensor:
+        ctx.made, ctx.numbers = made, numbers
+        ctx.kinds = [(tuple(result.shape), result.dtype, result.device) for result in results]
+        return torch.empty(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        gradients = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.kinds]
+        for number, made in zip(ctx.numbers, gradients, strict=True):
+            storage = made.untyped_storage()
+            ctx.made.append(_Given(number, storage.nbytes(), weakref.ref(storage)))
+        return (None, None, *gradients)
+
+
+class _Given(NamedTuple):
+    """The gradient of a result."""
+
+    number: int
+    nbytes: int
+    storage: weakref.ref[torch.UntypedStorage]
+
+
+def tried(call: Callable[[Mapping[int, Tensor]], Any], operands: Mapping[int, Operand]) -> Trial:
+    """Try a call that takes its operands by number. Raises whatever the call raises."""
+    with without_data(), MemoryMeter() as meter:
+        return _Attempt(call, operands, meter).run()
+
+
+class _Attempt:
+    """The runs of one call."""
+
+    def __init__(
+        self, call: Callable[[Mapping[int, Tensor]], Any], operands: Mapping[int, Operand], meter: MemoryMeter
+    ) -> None:
+        self.call, self.operands, self.meter = call, operands, meter
+        self.origin = torch.zeros((), requires_grad=True)
+        self.given: list[_Given] = []
+        self.received: dict[int, Tensor] = {}
+        self.whole = 0.0
+
+    def run(self) -> Trial:
+        meter, operands = self.meter, self.operands
+        tensors = {number: operand.make() for number, operand in operands.items()}
+        with torch.no_grad():
+            results = self._results(tensors)
+            forward = meter.peak_bytes - meter.live_bytes
+            del results
+        with torch.enable_grad():
+            for number, operand in operands.items():
+                if operand.wanted:
+                    receive = partial(self._receive, number)
+                    tensors[number] = _Watch.apply(tensors[number], self.origin, receive)  # type: ignore[no-untyped-call]
+            meter.reset_peak()
+            results = self._results(tensors)
+            recompute = meter.peak_bytes - meter.live_bytes
+            views, sizes = _memory(list(tensors.values()), results)
+            root = self._root(results)
+        saved_results = [k for k in range(len(results)) if self._stays(results, k) and sizes[k]]
+        numbers, held = list(tensors), list(tensors.values())
+        tensors.clear()
+        stays = [number for k, number in enumerate(numbers) if self._stays(held, k)]
+        extra = meter.live_bytes - sum(sizes[k] for k in saved_results)
+        extra -= sum(operands[number].bytes for number in stays)
+        backward, gradients, passed_on = self._backward(root)
+        return Trial(
+            tuple(None if view is None else numbers[view] for view in views),
+            tuple(number for number in stays if operands[number].counted),
+            tuple(saved_results),
+            passed_on,
+            float(forward),
+            float(recompute),
+            float(max(extra - _SCALARS, 0)),
+            float(backward),
+            self.whole,
+            tuple(sizes),
+            gradients,
+        )
+
+    def _results(self, tensors: Mapping[int, Tensor]) -> list[Any]:
+        results = self.call(tensors)
+        return list(results) if isinstance(results, (list, tuple)) else [results]
+
+    def _root(self, results: Sequence[Any]) -> Tensor | None:
+        """A number whose gradient makes those of the results."""
+        numbers = [k for k, r in enumerate(results) if isinstance(r, Tensor) and r.requires_grad]
+        if not numbers:
+            return None
+        root: Tensor = _Source.apply(self.given, numbers, *(results[k] for k in numbers))  # type: ignore[no-untyped-call]
+        return root
+
+    def _stays(self, tensors: list[Any], number: int) -> bool:
+        """Drop a tensor: whether its memory stays."""
+        before = self.meter.live_bytes
+        tensors[number] = None
+        return self.meter.live_bytes == before
+
+    def _receive(self, number: int, gradient: Tensor) -> None:
+        if self.operands[number].counted:
+            self.received[number] = gradient
+        else:
+            self.whole += gradient.untyped_storage().nbytes()  # the engine adds it to a sum and drops it
+
+    def _backward(self, root: Tensor | None) -> tuple[float, dict[int, float], dict[int, int]]:
+        """Bytes at the peak; bytes of the gradients of the counted inputs, and whose memory they have."""
+        if root is None:
+            return 0.0, {}, {}
+        self.meter.reset_peak()
+        before = self.meter.live_bytes
+        torch.autograd.grad([root], [self.origin], allow_unused=True)
+        peak = self.meter.peak_bytes - before - sum(given.nbytes for given in self.given)
+        gradients: dict[int, float] = {}
+        passed_on: dict[int, int] = {}
+        for number, gradient in self.received.items():
+            storage = gradient.untyped_storage()
+            gradients[number] = float(storage.nbytes())
+            for given in self.given:
+                if given.storage() is storage:
+                    gradients[number] = 0.0
+                    passed_on[number] = given.number
+        return max(peak, 0.0), gradients, passed_on
+
+
+def _memory(inputs: Sequence[Tensor], results: Sequence[Any]) -> tuple[list[int | None], list[float]]:
+    """Of each result: the input whose memory it has, or its bytes, where no result before has the same memory."""
+    places = {tensor.untyped_storage()._cdata: number for number, tensor in enumerate(inputs)}
+    known: set[int] = set()
+    views: list[int | None] = []
+    sizes: list[float] = []
+    for result in results:
+        if not isinstance(result, Tensor):
+            views.append(None)
+            sizes.append(0.0)
+            continue
+        storage = result.untyped_storage()
+        views.append(places.get(storage._cdata))
+        fresh = views[-1] is None and storage._cdata not in known
+        known.add(storage._cdata)
+        sizes.append(float(storage.nbytes()) if fresh else 0.0)
+    return views, sizes
