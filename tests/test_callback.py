@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from lrcnn_lightning import ActivationMemory, ConfigError, LRCNNStrategy
 from lrcnn_lightning.monitor import StepMemory, callback, measure_module
 from lrcnn_lightning.monitor.picture import draw
+from tests.oracle import twin
 
 KB = 1024  # bytes of a map of 1 x 4 x 8 x 8 in float32
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -215,7 +216,7 @@ def test_the_prediction_and_plain_pytorch_stand_beside_the_measured_step(drawn: 
 
     ((path, run, plain, given, batch),) = drawn
     assert (path, given, batch) == (tmp_path / "activation_memory.png", predicted, 2)
-    expected = measure_module(copy.deepcopy(module.first), torch.randn(1, 3, 128, 128))
+    expected = measure_module(twin(module.first), torch.randn(1, 3, 128, 128))
     # A step of the Trainer does not give a gradient to the batch; neither does this one.
     assert plain.peak_bytes == expected.peak_bytes
     assert run.peak_bytes == memory.peaks[-1] < plain.peak_bytes
@@ -237,7 +238,7 @@ def test_networks_one_after_the_other_are_plain_together(drawn: list[Any], tmp_p
     strategy = LRCNNStrategy(mode="two_phase", rows=8)
     fit(namespace, module, memory, tmp_path=tmp_path, strategy=strategy, side=64)
     assert memory.predictions == [sum(plan.peak_bytes for plan in strategy.plans.values())]
-    both = nn.Sequential(copy.deepcopy(module.first), copy.deepcopy(module.second))
+    both = nn.Sequential(twin(module.first), twin(module.second))
     whole = measure_module(both, torch.randn(1, 3, 64, 64)).peak_bytes
     alone = measure_module(both[0], torch.randn(1, 3, 64, 64)).peak_bytes
     border = 2 * 64 * 64 * 4
