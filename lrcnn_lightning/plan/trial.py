@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -83,7 +83,10 @@ def without_data() -> Iterator[None]:
     """Tensors that are made here have no data, whatever modes are in force outside."""
     if not _FAKE:
         _FAKE.append(FakeTensorMode(allow_non_fake_inputs=True))
-    with _disable_current_modes(), _FAKE[0]:
+    # Hooks of the user, as checkpointing has them, must not see what is saved here; without any, none are needed.
+    hooks = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach)
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    with _disable_current_modes(), _FAKE[0], hooks if hooked else nullcontext():
         kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
         with ExitStack() as switches:
             for kind in kinds:
