@@ -22,6 +22,7 @@ from torch import Tensor
 from lrcnn_lightning.engine.maps import Gradients, cut, taken
 from lrcnn_lightning.engine.rows import Carries
 from lrcnn_lightning.engine.slabs import Prepared, SlabCall, Target
+from lrcnn_lightning.graph.tap import tapped
 from lrcnn_lightning.plan.halos import Row
 from lrcnn_lightning.plan.loop import BackwardPass
 from lrcnn_lightning.rules import Axes, Interval, Reduction, Tile
@@ -58,23 +59,6 @@ def _is_differentiable(tensor: Tensor) -> bool:
 def _hand_up(handed_up: dict[int, Tensor], value: int, gradient: Tensor) -> None:
     # The gradient is a view of that of the whole slab, which must not live on.
     handed_up[value] = gradient.clone()
-
-
-class _Tap(torch.autograd.Function):
-    """The identity, where a gradient leaves autograd for the place where it is summed.
-
-    Collected by ``autograd.grad`` instead, the weight gradients of all layers of a row would exist at once.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, origin: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
-        ctx.receive = receive
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
-        ctx.receive(gradient)
-        return None, None, None
 
 
 class _Lazy(dict[int, Tensor]):
@@ -136,8 +120,7 @@ class _BackwardRow:
     def _tap(self, tensor: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
         """The tensor, such that its gradient is given to ``receive`` the moment autograd has it, and then dropped."""
         with torch.enable_grad():
-            result: Tensor = _Tap.apply(tensor.detach(), self.origin, receive)  # type: ignore[no-untyped-call]
-        return result
+            return tapped(tensor.detach(), self.origin, receive)
 
     def _tap_input(self, value: int) -> Tensor:
         """A whole value, or the slab of a source map, that this pass collects the gradient of."""

@@ -77,8 +77,8 @@ class BackwardRow(SimulatedRow):
         """What the reductions of a value add to its gradient: made now, and held until the end of the row."""
         owned = self.row.owned[value].length
         for position in self.injections[value]:
-            _, size = self.footprints.reduction(position, owned)
-            self.memory.touch(size * self.samples / (self.graph.samples(value) or self.samples or 1))
+            _, size = self.footprints.reduction(position, owned, self.samples)
+            self.memory.touch(size)
             self.buffers.make(("seed", value, position), bytes_of(self.graph, value, owned, self.samples))
 
     def _inject_into_sources(self) -> None:
@@ -86,8 +86,8 @@ class BackwardRow(SimulatedRow):
             owned = self.row.owned[value]
             if value in self.run.maps and not owned.empty:
                 for position in self.injections[value]:
-                    _, size = self.footprints.reduction(position, owned.length)
-                    self.memory.touch(size * self.samples / (self.graph.samples(value) or self.samples or 1))
+                    _, size = self.footprints.reduction(position, owned.length, self.samples)
+                    self.memory.touch(size)
                 self.memory.allocate(("gradient", value), self.graph.values[value].bytes)
 
     # ---------------------------------------------------------------- backward
@@ -167,10 +167,8 @@ class BackwardRow(SimulatedRow):
 
     def _add_to_map(self, value: int) -> None:
         """The gradient of the rows of a source map is complete: it is added to the map's."""
-        size, full = (
-            bytes_of(self.graph, value, self.row.reads[value].length, self.samples),
-            self.graph.values[value].bytes,
-        )
+        size = bytes_of(self.graph, value, self.row.reads[value].length, self.samples)
+        full = self.graph.values[value].bytes
         if size >= full:
             self.buffers.drop(("slab gradient", value))  # which is the map's
         self.memory.allocate(("gradient", value), full)

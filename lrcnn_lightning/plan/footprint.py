@@ -88,14 +88,15 @@ class Footprints:
             found = self._found[key] = self._named(position, self._whole_trial(position), None)
         return found
 
-    def reduction(self, position: int, rows: int) -> tuple[float, float]:
+    def reduction(self, position: int, rows: int, samples: int) -> tuple[float, float]:
         """Bytes at the peak of a reduction's part of so many rows of its input, and of the gradient of these rows."""
-        height = self.graph.height(self.graph.nodes[position].inputs[0])
-        key = (position, -2)
-        found = self.graph.learned.setdefault("reductions", {}).get(key)
-        if found is None:
-            found = self.graph.learned["reductions"][key] = self._reduction_trial(position)
-        return found[0] * rows / height, found[1] * rows / height
+        value = self.graph.nodes[position].inputs[0]
+        known: dict[int, tuple[float, float]] = self.graph.learned.setdefault("reductions", {})
+        if position not in known:
+            known[position] = self._reduction_trial(position)
+        height, batch = self.graph.height(value), self.graph.samples(value) or samples or 1
+        partial, injected = (size * rows / height * samples / batch for size in known[position])
+        return partial, injected
 
     # ---------------------------------------------------------------- trials
 

@@ -59,5 +59,7 @@ class Memo:
     simulated: Passages | None = None
     """What simulates passages, and knows the price of every operation."""
     segments: dict[Any, tuple[ProgramBuilder, SegmentProgram]] = field(default_factory=dict)
+    differentiable: dict[frozenset[int], set[int]] = field(default_factory=dict)
+    """The values that have a gradient, by the leaves that require one."""
     divided: dict[Any, SegmentProgram] = field(default_factory=dict)
     """Segments with other numbers of rows, by what they were and the rows of their loops."""

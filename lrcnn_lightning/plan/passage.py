@@ -82,8 +82,8 @@ class Passages:
     def _reduce(self, position: int, value: int, row: Row, samples: int) -> None:
         owned = row.owned[value]
         if not owned.empty:
-            size, _ = self.footprints.reduction(position, owned.length)
-            self.memory.touch(size * samples / (self.graph.samples(value) or samples or 1))
+            size, _ = self.footprints.reduction(position, owned.length, samples)
+            self.memory.touch(size)
 
     def _drop_carries(self, loop: Loop, chunk: int, r: int) -> None:
         for position in loop.nodes:

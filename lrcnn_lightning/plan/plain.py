@@ -27,8 +27,8 @@ __all__ = ["plain_cost"]
 
 def plain_cost(graph: RowGraph, differentiable: Collection[int], machine: Machine = CPU) -> Cost:
     """The cost of one step of plain, column-centric execution."""
-    key = ("plain", frozenset(differentiable))
-    known: dict[Any, tuple[int, tuple[int, ...]]] = graph.learned.setdefault("plain", {})
+    key = frozenset(differentiable)
+    known: dict[frozenset[int], tuple[int, tuple[int, ...]]] = graph.learned.setdefault("plain", {})
     if key not in known:
         known[key] = _memory(graph.captured, differentiable)
     peak, timeline = known[key]

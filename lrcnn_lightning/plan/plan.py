@@ -223,7 +223,10 @@ def build_plan(
     A plan whose peak is above ``most_bytes`` is not made to use its room: nobody wants it.
     """
     remembered, memo = memo is not None, memo or Memo()
-    differentiable = differentiable_values(graph, leaves) if training else set()
+    wanted = frozenset(leaves)
+    if wanted not in memo.differentiable:
+        memo.differentiable[wanted] = differentiable_values(graph, wanted)
+    differentiable = memo.differentiable[wanted] if training else set()
     training = training and any(
         graph.is_map(o) or graph.roles[p] is not Role.PROLOGUE
         for p, node in enumerate(graph.nodes)

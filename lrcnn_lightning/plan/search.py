@@ -25,7 +25,7 @@ from lrcnn_lightning.plan.plan import Choices, Part, Plan, build_plan, plain_pla
 from lrcnn_lightning.plan.price import exchanges
 from lrcnn_lightning.plan.report import held_at_peak
 from lrcnn_lightning.plan.segments import cut_points
-from lrcnn_lightning.rules import Role, RowGraph
+from lrcnn_lightning.rules import RowGraph
 
 __all__ = ["choose_plan", "free_bytes", "search_plans", "usable_bytes"]
 
@@ -140,7 +140,7 @@ class _Search:
         self.tried: dict[Choices, tuple[int, float]] = {}
         self.dismissed: list[Choices] = []
         self.best: Plan | None = None
-        self.barriers = sum(role is Role.REDUCE for role in graph.roles) if training else 0
+        self.barriers = graph.barriers if training else 0
         self.plain_seconds = plain_plan(graph, leaves, training, machine).cost.seconds
 
     def refine(self, moves: _Moves) -> None:
@@ -299,7 +299,7 @@ class _Moves:
         nodes = [p for s in start.segments if not s.plain and s.backward for p in s.nodes] if start else []
         self.points = cut_points(graph, nodes) if nodes else []
         self.first = nodes[0] if nodes else 0
-        self.barriers = any(role is Role.REDUCE for role in graph.roles)
+        self.barriers = graph.barriers > 0
         self.samples = graph.input_samples if config.batch_chunks == "auto" and graph.batch_splits else 0
 
     def of(self, plan: Plan) -> Iterator[Choices]:
@@ -359,7 +359,7 @@ def _stages(graph: RowGraph, config: RowConfig, height: int, training: bool) -> 
     chunks = [config.batch_chunks] if isinstance(config.batch_chunks, int) else [1]
     if config.batch_chunks == "auto" and samples > 1 and graph.batch_splits:
         chunks = sorted({1, min(samples, 4), max(1, samples // 4), samples})
-    barriers = training and any(role is Role.REDUCE for role in graph.roles)
+    barriers = training and graph.barriers > 0
     keepings: list[Keeping] = ["lean", "narrow", "demand", "borders"] if barriers else ["borders"]
     modes = [config.mode]
     if config.mode == "auto":
@@ -392,7 +392,7 @@ def _grid(graph: RowGraph, config: RowConfig, height: int, training: bool) -> di
         [r for r in ((1, 2, 4, 8, 16) if fine else (1, 4)) if r <= height] if config.rows == "auto" else [config.rows]
     )
     segments = list((1, 2, 3, 4, 6, 8) if fine else (2, 4, 8)) if config.segments == "auto" else [config.segments]
-    barriers = training and any(role is Role.REDUCE for role in graph.roles)
+    barriers = training and graph.barriers > 0
     keepings = list(KEEPINGS) if barriers else ["borders"]
     modes = ["two_phase", "overlap"] if config.mode == "auto" and fine else [config.mode]
     modes = ["two_phase"] if modes == ["auto"] else modes

@@ -15,7 +15,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from lrcnn_lightning.graph.tap import tapped
 from lrcnn_lightning.monitor.meter import MemoryMeter
 
 __all__ = ["Operand", "Trial", "tried", "without_data"]
@@ -75,37 +76,25 @@ class Trial(NamedTuple):
 
 _SCALARS = 64  # bytes of the root, and of what single numbers an operation makes
 
-_FAKE: list[FakeTensorMode] = []
+
+@cache
+def _fake_mode() -> FakeTensorMode:
+    """One for all trials: tensors of several do not go together."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 @contextmanager
 def without_data() -> Iterator[None]:
     """Tensors that are made here have no data, whatever modes are in force outside."""
-    if not _FAKE:
-        _FAKE.append(FakeTensorMode(allow_non_fake_inputs=True))
     # Hooks of the user, as checkpointing has them, must not see what is saved here; without any, none are needed.
     hooks = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach)
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    with _disable_current_modes(), _FAKE[0], hooks if hooked else nullcontext():
+    with _disable_current_modes(), _fake_mode(), hooks if hooked else nullcontext():
         kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
         with ExitStack() as switches:
             for kind in kinds:
                 switches.enter_context(torch.autocast(kind, enabled=False))
             yield
-
-
-class _Watch(torch.autograd.Function):
-    """The identity, where a gradient is received and leaves autograd (as in the engine's backward pass)."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, origin: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
-        ctx.receive = receive
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
-        ctx.receive(gradient)
-        return None, None, None
 
 
 class _Source(torch.autograd.Function):
@@ -163,7 +152,7 @@ class _Attempt:
             for number, operand in operands.items():
                 if operand.wanted:
                     receive = partial(self._receive, number)
-                    tensors[number] = _Watch.apply(tensors[number], self.origin, receive)  # type: ignore[no-untyped-call]
+                    tensors[number] = tapped(tensors[number], self.origin, receive)  # as in the engine
             meter.reset_peak()
             results = self._results(tensors)
             recompute = meter.peak_bytes - meter.live_bytes

@@ -140,6 +140,11 @@ class RowGraph:
         """Whether it exchanges data with other processes, which must then do the same."""
         return any(node.op is merge_processes for node in self.nodes)
 
+    @cached_property
+    def barriers(self) -> int:
+        """The number of reductions, behind which a loop has to begin anew."""
+        return sum(role is Role.REDUCE for role in self.roles)
+
     def whole_nodes(self) -> list[Node]:
         """Nodes that read or write a map and run whole all the same."""
         return [
