@@ -20,7 +20,7 @@ import torch
 from figures import CASES
 from torch import nn
 
-from lrcnn_lightning.config import RowConfig
+from lrcnn_lightning.config import RowConfig, format_count
 from lrcnn_lightning.engine.execute import Execution
 from lrcnn_lightning.plan.machine import Machine
 from lrcnn_lightning.plan.plan import Choices, build_plan
@@ -107,7 +107,8 @@ def main() -> None:
             seconds = _shortest(lambda e=execution, m=fresh, x=images: e(m, [x]), fresh, arguments.steps)  # type: ignore[misc]
             measured.append(seconds / plain)
             predicted.append(1 + plan.overhead)
-            text = f"{choices.mode}, {choices.rows} rows, {choices.segments} segments, {choices.keeping}"
+            numbers = f"{format_count(choices.rows, 'row')}, {format_count(choices.segments, 'segment')}"
+            text = f"{choices.mode}, {numbers}, {choices.keeping}"
             text += ", where needed" if choices.rows_where_needed else ""
             print(
                 f"| {name} | {text} | {seconds:.2f} | {plan.cost.seconds:.2f} | {measured[-1]:.2f} "

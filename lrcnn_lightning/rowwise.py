@@ -272,11 +272,7 @@ def rowwise(
     Raises `ConfigError` for a wrong option; the first call raises `CaptureError` for a module that cannot be captured
     (unless ``on_unsupported="warn"``) and `InputError` for an input without a spatial axis.
     """
-    config = RowConfig.from_options(**options)
-    if config.modules != "auto":
-        raise ConfigError(
-            f"modules={config.modules!r} is for the Lightning strategies; here, pass the submodule itself to rowwise()"
-        )
+    config = _config("rowwise()", options)
     if not isinstance(module, nn.Module):
         raise ConfigError(f"rowwise() takes a torch.nn.Module, given was {type(module).__name__}")
     planning = sorted({*options} - {"axis", "on_unsupported"})
@@ -289,6 +285,16 @@ def rowwise(
     forward.given = None if plan is None else load_plan(plan)
     module.__dict__["forward"] = forward
     return module
+
+
+def _config(caller: str, options: Mapping[str, Any]) -> RowConfig:
+    """The configuration of one module, which is passed itself rather than named."""
+    config = RowConfig.from_options(**options)
+    if config.modules != "auto":
+        raise ConfigError(
+            f"modules={config.modules!r} is for the Lightning strategies; here, pass the submodule itself to {caller}"
+        )
+    return config
 
 
 def restore(module: ModuleType) -> ModuleType:
@@ -328,7 +334,7 @@ def _rehearsal(
     module: nn.Module, example: Any, options: dict[str, Any]
 ) -> Iterator[tuple[RowwiseForward, tuple[Any, ...], dict[str, Any]]]:
     """A forward and its arguments as fake tensors, which have shapes and no bytes."""
-    config = RowConfig.from_options(**options)
+    config = _config("plan() or frontier()", options)
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     if isinstance(example, Mapping):

@@ -210,6 +210,9 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.compile(message, re.DOTALL)):
         lrcnn_lightning.rowwise(net, **options)
     assert "forward" not in net.__dict__
+    for rehearse in (lrcnn_lightning.plan, lrcnn_lightning.frontier):
+        with pytest.raises(ConfigError, match=re.compile(message, re.DOTALL)):
+            rehearse(net, IMAGES, **options)
 
 
 def test_more_rows_than_the_input_has() -> None:

@@ -16,6 +16,7 @@ import torch
 
 from lrcnn_lightning.config import RowConfig, format_count, format_size
 from lrcnn_lightning.plan.machine import Machine
+from lrcnn_lightning.plan.memo import Memo
 from lrcnn_lightning.plan.plan import Choices, build_plan, plain_plan
 from lrcnn_lightning.plan.search import search_plans
 from lrcnn_lightning.rules import RowGraph
@@ -101,13 +102,14 @@ def find_frontier(
     plain = plain_plan(graph, leaves, training, machine)
     start = Point(plain.peak_bytes, 0.0, "plain PyTorch")
     tried: dict[Choices, tuple[int, float]] = {}
+    memo = Memo()
     for overhead in _OVERHEADS:
-        search_plans(graph, leaves, training, config, machine, None, overhead, tried)
+        search_plans(graph, leaves, training, config, machine, None, overhead, tried, memo)
     rows = [Point(peak, seconds / plain.cost.seconds - 1, _words(c)) for c, (peak, seconds) in tried.items()]
     checkpoints = []
     for segments in _CHECKPOINTS if training else ():
-        made = build_plan(graph, leaves, training, Choices("overlap", 1, segments, 1, "borders"), machine)
-        checkpoints.append(Point(made.peak_bytes, made.overhead, f"{segments} segments"))
+        made = build_plan(graph, leaves, training, Choices("overlap", 1, segments, 1, "borders"), machine, memo)
+        checkpoints.append(Point(made.peak_bytes, made.overhead, format_count(segments, "segment")))
     chosen = [point for point in _best([*rows, start]) if point is not start]
     return Frontier(tuple(_thinned(chosen)), tuple(_best(checkpoints)), start)
 

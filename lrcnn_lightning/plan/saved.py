@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrcnn_lightning.config import format_size
+from lrcnn_lightning.config import format_count, format_size
 from lrcnn_lightning.errors import PlanError
 from lrcnn_lightning.plan.data import choices_of
 from lrcnn_lightning.plan.machine import CPU, Machine
@@ -85,7 +85,8 @@ class SavedPlan:
             f"{format_size(self.plain_peak_bytes)}, extra work {100 * self.overhead:+.0f} %"
         ]
         for part in self.data["segments"]:
-            lines.append(f"  from {part['first']}: {part['mode']}, {part['rows']} rows, keeping {part['keeping']}")
+            rows = format_count(part["rows"], "row")
+            lines.append(f"  from {part['first']}: {part['mode']}, {rows}, keeping {part['keeping']}")
         return "\n".join(lines)
 
     def of(self, graph: RowGraph, leaves: Collection[int], training: bool, machine: Machine = CPU) -> Plan:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lrcnn_lightning.config import RowConfig, format_size
+from lrcnn_lightning.config import RowConfig, format_count, format_size
 from lrcnn_lightning.errors import ConfigError, PlanError
 from lrcnn_lightning.plan.keeping import KEEPINGS, Keeping
 from lrcnn_lightning.plan.machine import Machine
@@ -84,8 +84,9 @@ def choose_plan(
     if budget is not None and best.peak_bytes > budget:
         raise PlanError(
             f"no plan fits memory_budget={format_size(budget)}: the least peak of activation memory that was found is "
-            f"{format_size(best.peak_bytes)} ({best.choices.rows} rows, {best.choices.segments} segments); plain "
-            f"PyTorch would take {format_size(best.plain_peak_bytes)}. At that peak live: "
+            f"{format_size(best.peak_bytes)} ({format_count(best.choices.rows, 'row')}, "
+            f"{format_count(best.choices.segments, 'segment')}); plain PyTorch would take "
+            f"{format_size(best.plain_peak_bytes)}. At that peak live: "
             f"{held_at_peak(best)}. What helps: a smaller batch or image, half precision, freezing the first layers, "
             "or a larger budget"
             f"{_OUT_OF_MEMORY}"
@@ -103,10 +104,14 @@ def search_plans(
     budget: int | None,
     max_overhead: float,
     tried: dict[Choices, tuple[int, float]] | None = None,
+    memo: Memo | None = None,
 ) -> Plan:
-    """The best plan that is found; ``tried`` takes the peak (bytes) and the work (seconds) of every one tried."""
+    """The best plan that is found; ``tried`` takes the peak (bytes) and the work (seconds) of every one tried.
+
+    Several searches in the same graph, for the same machine, are faster with one ``memo``.
+    """
     height = graph.input_height
-    search = _Search(graph, leaves, training, budget, max_overhead, machine)
+    search = _Search(graph, leaves, training, budget, max_overhead, machine, memo or Memo())
     for options in _stages(graph, config, height, training):
         search.vary(options)
     if budget is not None:
@@ -133,8 +138,9 @@ class _Search:
         budget: int | None,
         max_overhead: float,
         machine: Machine,
+        memo: Memo,
     ) -> None:
-        self.machine, self.memo = machine, Memo()
+        self.machine, self.memo = machine, memo
         self.graph, self.leaves, self.training = graph, leaves, training
         self.budget, self.max_overhead = budget, max_overhead
         self.tried: dict[Choices, tuple[int, float]] = {}
@@ -163,8 +169,8 @@ class _Search:
         the good ones is long.
         """
         assert self.best is not None
-        other = _Search(self.graph, self.leaves, self.training, None, self.best.overhead, self.machine)
-        other.memo, other.tried, other.best = self.memo, self.tried, self.best
+        other = _Search(self.graph, self.leaves, self.training, None, self.best.overhead, self.machine, self.memo)
+        other.tried, other.best = self.tried, self.best
         other.refine(moves)
         best = min(self.tried, key=lambda choices: self._rank(*self.tried[choices]))
         if best != self.best.choices:
