@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from lrcnn_lightning.plan.loop import BackwardPass, Loop
+from lrcnn_lightning.plan.duration import Durations
+from lrcnn_lightning.plan.loop import BackwardPass, Loop, LoopRun
 from lrcnn_lightning.plan.machine import CPU, Machine
 from lrcnn_lightning.plan.memo import LoopCost, Memo, Passage
 from lrcnn_lightning.plan.memory import Memory
@@ -62,11 +64,10 @@ class _Simulation:
         memo: Memo | None,
     ) -> None:
         self.graph, self.differentiable = graph, differentiable
-        known = None if memo is None else memo.simulated
-        self.passages = known or Passages(graph, differentiable, machine)
-        if memo is not None:
-            memo.simulated = self.passages
-        self.work = self.passages.work
+        known = memo or Memo()
+        self.passages = known.simulated = known.simulated or Passages(graph, differentiable)
+        self.durations = known.durations = known.durations or Durations(graph, machine, differentiable)
+        self.work = self.durations.work
         self.memory = self.passages.memory = memory or Memory()
         self.memo = memo
         self.seconds = 0.0
@@ -112,26 +113,24 @@ class _Simulation:
 
     def _loop(
         self,
-        loop: Loop,
-        parts: tuple[Any, ...],
+        run: LoopRun,
+        carries: Any,
         name: str | None,
         given: dict[tuple[Any, ...], int],
-        run: Callable[[], None],
+        simulate: Callable[[], None],
     ) -> None:
-        """Simulate a loop, or take over what is known of one that is alike but for its ``name``."""
-
-        def simulate() -> None:
-            self.passages.seconds = 0.0
-            run()
-            self.seconds += self.passages.seconds
-
+        """Simulate a loop, or take over what is known of one that is alike but for its ``name``; ``carries``: what
+        becomes of them.
+        """
+        seconds = self.durations.of(run)
+        self.seconds += seconds
         if self.memo is None:
             simulate()
             return
         before = self.memory.live
-        found, _ = self._once((id(loop.rows), loop.chunks, *parts), given, simulate, name)
+        found, _ = self._once((run.key, carries), given, simulate, name)
         own, left = found.peak_bytes - sum(given.values()), self.memory.live
-        self.loops.append(LoopCost(loop, left, own - (left - before), found.seconds))
+        self.loops.append(LoopCost(run, left, own - (left - before), seconds))
 
     def run_forward(self, segment: SegmentProgram) -> None:
         """Simulate the forward pass of a segment."""
@@ -194,25 +193,17 @@ class _Simulation:
         self.seconds += self.work.forward(position)
 
     def _rows(self, loop: Loop, kept_carries: frozenset[int], stored: bool) -> None:
-        parts = (loop.stored, loop.reductions, kept_carries, stored)
         given = {k: 0 for v in loop.stored if (k := ("map", v)) in self.memory}
-        self._loop(loop, parts, loop.name, given, lambda: self.passages.rows(loop, kept_carries, stored))
+        simulate = partial(self.passages.rows, loop, kept_carries, stored)
+        self._loop(LoopRun(loop, stored), kept_carries, loop.name, given, simulate)
 
     def _backward_rows(self, run: BackwardPass, dropped: str | None) -> None:
-        loop = run.loop
-        parts: tuple[Any, ...] = (
-            run.nodes,
-            run.differentiated,
-            run.outputs,
-            run.injections,
-            run.maps,
-            run.wholes,
-            run.hollow,
-        )
         given = {k: 0 for v in (*run.maps, *run.wholes) if (k := ("gradient", v)) in self.memory}
+        made = frozenset(k[1] for k in given if k[1] in run.maps)
         if dropped is not None:
             given.update(self.memory.matching("keep", (dropped,)))
-        self._loop(loop, (*parts, dropped is None), dropped, given, lambda: self.passages.backward_rows(run, dropped))
+        simulate = partial(self.passages.backward_rows, run, dropped)
+        self._loop(LoopRun(run.loop, backward=run, made=made), dropped is None, dropped, given, simulate)
 
     def _backward(self, segment: SegmentProgram, kept_before: Collection[int]) -> None:
         memory = self.memory

@@ -7,9 +7,11 @@ backward      operations once more  +  their gradients  +  gradients added to ma
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from lrcnn_lightning.plan.halos import Row
-from lrcnn_lightning.plan.loop import BackwardPass, Loop
+from lrcnn_lightning.plan.loop import BackwardPass, Loop, LoopRun
+from lrcnn_lightning.plan.machine import Machine
 from lrcnn_lightning.plan.retained import bytes_of, passes_gradient_on
 from lrcnn_lightning.plan.work import Work, is_weight
 from lrcnn_lightning.rules import Interval, RowGraph, RowRule
@@ -25,8 +27,20 @@ def alike_chunks(chunks: int) -> list[tuple[int, int]]:
 class Durations:
     """Seconds of loops and backward passes."""
 
-    def __init__(self, graph: RowGraph, work: Work, differentiable: Collection[int]) -> None:
-        self.graph, self.work, self.differentiable = graph, work, differentiable
+    def __init__(self, graph: RowGraph, machine: Machine, differentiable: Collection[int]) -> None:
+        self.graph, self.differentiable = graph, differentiable
+        self.work = Work(graph, machine, machine.seconds_a_slab)
+        self._known: dict[tuple[Any, ...], tuple[float, tuple[Row, ...]]] = {}
+        """With the rows, so that no others get their ``id``."""
+
+    def of(self, run: LoopRun) -> float:
+        """Of a run of a loop."""
+        key = run.key
+        if key not in self._known:
+            backward = run.backward
+            seconds = self.forward(run.loop, run.stored) if backward is None else self.backward(backward, run.made)
+            self._known[key] = seconds, run.loop.rows
+        return self._known[key][0]
 
     def _share(self, value: int, rows: int, samples: int) -> float:
         height, batch = self.graph.height(value), self.graph.samples(value)

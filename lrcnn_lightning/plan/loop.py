@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, NamedTuple
 
 from lrcnn_lightning.plan.halos import Row, row_intervals
 from lrcnn_lightning.plan.memo import Memo
 from lrcnn_lightning.rules import Interval, Role, RowGraph
 
-__all__ = ["BackwardPass", "Loop", "balanced_cuts", "closure", "even_cuts", "make_loop", "redivide"]
+__all__ = ["BackwardPass", "Loop", "LoopRun", "balanced_cuts", "closure", "even_cuts", "make_loop", "redivide"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,30 @@ class BackwardPass:
     maps: tuple[int, ...]
     wholes: tuple[int, ...]
     hollow: frozenset[int] = field(default_factory=frozenset)
+
+
+class LoopRun(NamedTuple):
+    """One run of a loop: forward, where it may write what is to be ``stored``, or a ``backward`` pass, before which the
+    gradient maps ``made`` are there.
+    """
+
+    loop: Loop
+    stored: bool = False
+    backward: BackwardPass | None = None
+    made: frozenset[int] = frozenset()
+
+    def through(self, loop: Loop) -> LoopRun:
+        """The same run of the same loop with other rows."""
+        return self._replace(loop=loop, backward=self.backward and replace(self.backward, loop=loop))
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for runs that do the same, of loops whose ``rows`` are one and the same object."""
+        loop, run = self.loop, self.backward
+        if run is None:
+            return id(loop.rows), loop.chunks, loop.stored, loop.reductions, self.stored
+        what = (run.nodes, run.differentiated, run.outputs, run.injections, run.maps, run.wholes, run.hollow)
+        return id(loop.rows), loop.chunks, *what, self.made
 
 
 def even_cuts(height: int, rows: int) -> tuple[int, ...]:

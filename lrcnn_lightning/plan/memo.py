@@ -13,7 +13,8 @@ from lrcnn_lightning.plan.halos import Row
 
 if TYPE_CHECKING:
     from lrcnn_lightning.plan.builder import ProgramBuilder
-    from lrcnn_lightning.plan.loop import Loop
+    from lrcnn_lightning.plan.duration import Durations
+    from lrcnn_lightning.plan.loop import LoopRun
     from lrcnn_lightning.plan.passage import Passages
     from lrcnn_lightning.plan.program import SegmentProgram
 
@@ -25,7 +26,7 @@ class LoopCost(NamedTuple):
     ``slab_bytes`` come on top at its peak; and how long it takes.
     """
 
-    loop: Loop
+    run: LoopRun
     fixed_bytes: int
     slab_bytes: int
     seconds: float
@@ -57,7 +58,9 @@ class Memo:
     rows: dict[Any, tuple[tuple[int, ...], tuple[Row, ...]]] = field(default_factory=dict)
     passages: dict[Any, Passage] = field(default_factory=dict)
     simulated: Passages | None = None
-    """What simulates passages, and knows the price of every operation."""
+    """What simulates passages, and knows what every operation takes."""
+    durations: Durations | None = None
+    """What knows the price of every operation."""
     segments: dict[Any, tuple[ProgramBuilder, SegmentProgram]] = field(default_factory=dict)
     differentiable: dict[frozenset[int], set[int]] = field(default_factory=dict)
     """The values that have a gradient, by the leaves that require one."""

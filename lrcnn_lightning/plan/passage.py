@@ -1,4 +1,4 @@
-"""What a loop costs: its slabs, carries and maps, allocation by allocation, and how long it takes.
+"""What a loop takes: its slabs, carries and maps, allocation by allocation.
 
 The memory of the forward pass of a loop, and of a backward pass over it, is simulated row by row as the engine runs
 them. Rows in the middle of a map, and chunks of a batch, are alike: one stands for all of them.
@@ -9,35 +9,30 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from lrcnn_lightning.plan.differentiated import BackwardRow
-from lrcnn_lightning.plan.duration import Durations, alike_chunks
+from lrcnn_lightning.plan.duration import alike_chunks
 from lrcnn_lightning.plan.footprint import Footprints
 from lrcnn_lightning.plan.halos import Row
 from lrcnn_lightning.plan.loop import BackwardPass, Loop
-from lrcnn_lightning.plan.machine import Machine
 from lrcnn_lightning.plan.memory import Memory
 from lrcnn_lightning.plan.retained import bytes_of
 from lrcnn_lightning.plan.row import SimulatedRow
-from lrcnn_lightning.plan.work import Work, is_parameter
+from lrcnn_lightning.plan.work import is_parameter
 from lrcnn_lightning.rules import RowGraph
 
 __all__ = ["Passages"]
 
 
 class Passages:
-    """Simulates loops; adds up their ``seconds`` and allocates in ``memory``."""
+    """Simulates loops; allocates in ``memory``."""
 
-    def __init__(self, graph: RowGraph, differentiable: Collection[int], machine: Machine) -> None:
+    def __init__(self, graph: RowGraph, differentiable: Collection[int]) -> None:
         self.graph, self.differentiable = graph, differentiable
-        self.work = Work(graph, machine, machine.seconds_a_slab)
-        self.durations = Durations(graph, self.work, differentiable)
         self.footprints = Footprints.of(graph, differentiable)
         self.memory = Memory()
-        self.seconds = 0.0
 
     def rows(self, loop: Loop, kept_carries: Collection[int], stored: bool) -> None:
         """The forward pass of a loop."""
         graph, memory = self.graph, self.memory
-        self.seconds += self.durations.forward(loop, stored)
         for chunk, times in alike_chunks(len(loop.chunks)):
             previous = 0
             for r, alike in _sampled_rows(len(loop.rows)):
@@ -92,8 +87,6 @@ class Passages:
 
     def backward_rows(self, run: BackwardPass, dropped: str | None) -> None:
         """A backward pass; ``dropped``: the loop whose kept carries it drops."""
-        made = {value for value in run.maps if ("gradient", value) in self.memory}
-        self.seconds += self.durations.backward(run, made)
         for chunk, _ in alike_chunks(len(run.loop.chunks)):
             handed: dict[int, float] = {}
             below = 0

@@ -71,15 +71,7 @@ def _divided(plan: Plan, rows: Mapping[str, int]) -> Plan:
 
 
 def _redivided(graph: RowGraph, segment: SegmentProgram, rows: Mapping[str, int], memo: Memo) -> SegmentProgram:
-    made: dict[str, Loop] = {}
-
-    def divided(loop: Loop) -> Loop:
-        if loop.name not in rows:
-            return loop
-        if loop.name not in made:
-            other = redivide(graph, loop, rows[loop.name], memo)
-            made[loop.name] = loop if other.carries else other  # other cuts may lie where something is carried
-        return made[loop.name]
+    divided = _Redivided(graph, rows, memo).of
 
     def changed(step: Step) -> Step:
         if isinstance(step, (RunRows, Sweep)):
@@ -93,30 +85,50 @@ def _redivided(graph: RowGraph, segment: SegmentProgram, rows: Mapping[str, int]
     )
 
 
+class _Redivided:
+    """Loops with so many rows, by their names."""
+
+    def __init__(self, graph: RowGraph, rows: Mapping[str, int], memo: Memo) -> None:
+        self.graph, self.rows, self.memo = graph, rows, memo
+        self.made: dict[str, Loop] = {}
+
+    def of(self, loop: Loop) -> Loop:
+        """The loop, the same one if its name is not among those with other rows."""
+        if loop.name not in self.rows:
+            return loop
+        if loop.name not in self.made:
+            other = redivide(self.graph, loop, self.rows[loop.name], self.memo)
+            self.made[loop.name] = loop if other.carries else other  # other cuts may lie where something is carried
+        return self.made[loop.name]
+
+
 def _fewer_rows(plan: Plan) -> dict[str, int]:
     """Loops, by name, that are faster with fewer rows and stay below the peak with these.
 
     Tried are the fewest rows that the peak allows and, where large results cost more, the fewest with slabs that are
     not large. Each loop takes what is best for it.
     """
-    seconds = _seconds(plan)
+    seconds = _seconds(plan, {})
     best: dict[str, int] = {}
     for limit in dict.fromkeys((math.inf, plan.machine.large_bytes)):
         fewest = _fewest_rows(plan, limit)
         if not fewest:
             break
-        trial = _seconds(_divided(plan, fewest))
-        for name, count in fewest.items():
-            if trial[name] < seconds[name]:
-                seconds[name], best[name] = trial[name], count
+        for name, trial in _seconds(plan, fewest).items():
+            if trial < seconds[name]:
+                seconds[name], best[name] = trial, fewest[name]
     return best
 
 
-def _seconds(plan: Plan) -> dict[str, float]:
-    """How long the loops of each name take."""
+def _seconds(plan: Plan, rows: Mapping[str, int]) -> dict[str, float]:
+    """How long the loops of each name take, some of them, by name, in so many rows."""
+    loops = plan.cost.loops  # by whose costs the durations have become known
+    assert plan.memo is not None and plan.memo.durations is not None
+    redivided = _Redivided(plan.graph, rows, plan.memo)
     seconds: dict[str, float] = {}
-    for cost in plan.cost.loops:
-        seconds[cost.loop.name] = seconds.get(cost.loop.name, 0.0) + cost.seconds
+    for run, *_ in loops:
+        name = run.loop.name
+        seconds[name] = seconds.get(name, 0.0) + plan.memo.durations.of(run.through(redivided.of(run.loop)))
     return seconds
 
 
@@ -128,7 +140,7 @@ def _fewest_rows(plan: Plan, limit: float) -> dict[str, int]:
     """
     needed: dict[str, int] = {}
     present: dict[str, int] = {}
-    for loop, fixed, slabs, _ in plan.cost.loops:
+    for (loop, *_), fixed, slabs, _ in plan.cost.loops:
         count = present[loop.name] = len(loop.rows)
         left = max(min(plan.peak_bytes - fixed, limit), 1)
         rows = count if loop.carries else math.ceil(count * slabs * _MARGIN / left)
