@@ -193,7 +193,7 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if torch.compiler.is_compiling():
+        if func.namespace == "prim" or torch.compiler.is_compiling():  # ``prim`` asks a fake tensor where it is
             return result
         given: set[int] | None = None
         for tensor in _tensors(result):
@@ -211,7 +211,7 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     given = set() if fresh else {storage._cdata for storage in _storages((args, kwargs))}
                 if key not in given and key not in self._foreign_keys:
                     self._track(key, storage)
-        if self._record and func.namespace != "prim":  # ``prim`` operations ask a fake tensor where it is
+        if self._record:
             self._marks.append(len(self._events))
             self._operations.append(str(func))
         return result

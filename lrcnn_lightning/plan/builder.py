@@ -67,6 +67,7 @@ class ProgramBuilder:
     ) -> None:
         self.graph, self.name = graph, name
         self.nodes = tuple(nodes)
+        self._members = frozenset(nodes)
         self.residencies, self.on_demand, self.balanced = residencies, on_demand, balanced
         self.rows, self.carried, self.chunks, self.memo = rows, carried, tuple(chunks), memo
         self.differentiable = differentiable
@@ -295,7 +296,7 @@ class ProgramBuilder:
     ) -> list[Step]:
         """The passes of one group."""
         graph = self.graph
-        members = set(group)
+        members, mine = set(group), self._members
         made = {output for position in group for output in graph.nodes[position].outputs}
         rows = [p for p in group if graph.roles[p] is Role.ROW]
         reductions = [
@@ -312,7 +313,7 @@ class ProgramBuilder:
             if o in self.differentiable
             and (
                 o in self.outputs
-                or any(r in self.nodes and (r not in members or graph.roles[r] is Role.WHOLE) for r in graph.readers[o])
+                or any(r in mine and (r not in members or graph.roles[r] is Role.WHOLE) for r in graph.readers[o])
             )
         ]
         if not outputs and not reductions:
@@ -387,18 +388,19 @@ class ProgramBuilder:
         active = [p for p in reductions if min(levels[o] for o in graph.nodes[p].outputs) > level]
         wanted = {*outputs, *(graph.nodes[p].inputs[0] for p in active)}
         nodes, _ = closure(graph, wanted, {*loop.sources})
-        nodes = tuple(p for p in nodes if p in loop.nodes)
+        inside = frozenset(nodes).intersection(loop.nodes)
+        nodes = tuple(p for p in nodes if p in inside)
         differentiated = frozenset(
             p
             for p in nodes
             if any(o in self.differentiable and levels.get(o, 0) >= level for o in graph.nodes[p].outputs)
         )
         ordered = tuple(dict.fromkeys(wholes))
-        hollow = frozenset(p for p in nodes if self._hollow(p, nodes, active, differentiated))
+        hollow = frozenset(p for p in nodes if self._hollow(p, inside, active, differentiated))
         return BackwardPass(loop, nodes, differentiated, tuple(outputs), tuple(active), tuple(maps), ordered, hollow)
 
     def _hollow(
-        self, position: int, nodes: Sequence[int], injections: Sequence[int], differentiated: Collection[int]
+        self, position: int, nodes: Collection[int], injections: Sequence[int], differentiated: Collection[int]
     ) -> bool:
         """Whether only the gradient of a node is wanted in a pass, not its values."""
         graph = self.graph

@@ -7,7 +7,7 @@ Work is time on a nominal machine: floating-point operations, bytes moved, and a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -48,8 +48,15 @@ class Cost:
     step_peaks: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
     """Per segment, by its name: the peak during each step of its backward pass, in bytes. Loops that restore maps are
     part of the step that follows them."""
-    loops: tuple[LoopCost, ...] = field(default=(), repr=False, compare=False)
-    """Of every run of a loop, in order."""
+    passages: tuple[tuple[int, tuple[LoopCost, ...]], ...] = field(default=(), repr=False, compare=False)
+    """The loops of each segment, forward and backward, and what else is there while they run, in bytes."""
+
+    @property
+    def loops(self) -> Iterator[LoopCost]:
+        """Of every run of a loop, in order."""
+        for rest, loops in self.passages:
+            for run, fixed, slabs, seconds in loops:
+                yield LoopCost(run, fixed + rest, slabs, seconds)
 
 
 class _Simulation:
@@ -74,6 +81,8 @@ class _Simulation:
         self.step_peaks: list[int] = []
         """The peak during each step of the backward pass of a segment, in bytes."""
         self.loops: list[LoopCost] = []
+        """Of the segment that is run."""
+        self.segments: list[tuple[int, tuple[LoopCost, ...]]] = []
 
     def _once(
         self, key: tuple[Any, ...], given: dict[tuple[Any, ...], int], run: Callable[[], None], name: str | None = None
@@ -122,15 +131,18 @@ class _Simulation:
         """Simulate a loop, or take over what is known of one that is alike but for its ``name``; ``carries``: what
         becomes of them.
         """
-        seconds = self.durations.of(run)
-        self.seconds += seconds
-        if self.memo is None:
+
+        def timed() -> None:
             simulate()
+            self.seconds += self.durations.of(run)
+
+        if self.memo is None:
+            timed()
             return
         before = self.memory.live
-        found, _ = self._once((run.key, carries), given, simulate, name)
+        found, _ = self._once((run.key, carries), given, timed, name)
         own, left = found.peak_bytes - sum(given.values()), self.memory.live
-        self.loops.append(LoopCost(run, left, own - (left - before), seconds))
+        self.loops.append(LoopCost(run, left, own - (left - before), found.seconds))
 
     def run_forward(self, segment: SegmentProgram) -> None:
         """Simulate the forward pass of a segment."""
@@ -141,7 +153,7 @@ class _Simulation:
             self._forward(segment)
         else:
             found, rest = self._once((segment, "forward"), {}, lambda: self._forward(segment))
-            self.loops += [cost._replace(fixed_bytes=cost.fixed_bytes + rest) for cost in found.loops]
+            self.segments.append((rest, found.loops))
 
     def run_backward(self, segment: SegmentProgram, kept_before: Collection[int]) -> tuple[int, ...]:
         """Simulate the backward pass of a segment: the peak during each step of it, in bytes.
@@ -165,7 +177,7 @@ class _Simulation:
         given = {**memory.of("map", seen), **memory.of("gradient", seen), **memory.within("keep", segment.name)}
         kept = frozenset(kept_before).intersection((*segment.kept, *segment.outputs))
         found, rest = self._once((segment, kept), given, lambda: self._backward(segment, kept))
-        self.loops += [cost._replace(fixed_bytes=cost.fixed_bytes + rest) for cost in found.loops]
+        self.segments.append((rest, found.loops))
         return tuple(peak + rest for peak in found.step_peaks)
 
     # ---------------------------------------------------------------- forward
@@ -282,7 +294,7 @@ def program_cost(
         tuple(memory.timeline),
         peaks.get(memory.peak, 0),
         step_peaks,
-        tuple(simulation.loops),
+        tuple(simulation.segments),
     )
 
 

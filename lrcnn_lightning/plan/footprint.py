@@ -60,6 +60,8 @@ class Footprints:
         self.graph, self.differentiable = graph, differentiable
         self._trials: dict[Any, Trial | None] = graph.learned.setdefault("trials", {})
         self._found: dict[tuple[int, int, int, int], Footprint] = {}
+        self._reductions: dict[int, tuple[float, float]] = {}
+        self._slabs: dict[tuple[int, Interval], Trial | None] = {}
         self._strides: dict[int, tuple[int, ...]] | None = graph.learned.get("strides")
 
     @classmethod
@@ -91,12 +93,11 @@ class Footprints:
     def reduction(self, position: int, rows: int, samples: int) -> tuple[float, float]:
         """Bytes at the peak of a reduction's part of so many rows of its input, and of the gradient of these rows."""
         value = self.graph.nodes[position].inputs[0]
-        known: dict[int, tuple[float, float]] = self.graph.learned.setdefault("reductions", {})
-        if position not in known:
-            known[position] = self._reduction_trial(position)
-        height, batch = self.graph.height(value), self.graph.samples(value) or samples or 1
-        partial, injected = (size * rows / height * samples / batch for size in known[position])
-        return partial, injected
+        found = self._reductions.get(position)
+        if found is None:
+            found = self._reductions[position] = self._reduction_trial(position)
+        share = rows / self.graph.height(value) * samples / (self.graph.samples(value) or samples or 1)
+        return found[0] * share, found[1] * share
 
     # ---------------------------------------------------------------- trials
 
@@ -137,6 +138,12 @@ class Footprints:
         return self._named(position, line, computed)
 
     def _slab_trial(self, position: int, computed: Interval) -> Trial | None:
+        key = (position, computed)
+        if key not in self._slabs:
+            self._slabs[key] = self._try_slab(position, computed)
+        return self._slabs[key]
+
+    def _try_slab(self, position: int, computed: Interval) -> Trial | None:
         graph, node, rule = self.graph, self.graph.nodes[position], self.graph.rules[position]
         assert isinstance(rule, RowRule)
         batch = graph.axes[node.outputs[0]].batch
@@ -169,20 +176,25 @@ class Footprints:
         call: Callable[[Mapping[int, Tensor]], Any],
         operands: Mapping[int, Operand],
     ) -> Trial | None:
-        node = self.graph.nodes[position]
-        numbers = {index: Ref(number) for number, index in enumerate(node.inputs)}
-        args = map_refs((node.args, node.kwargs), lambda ref: numbers[ref.index])
-        try:
-            signature: Any = (node.op, key, _frozen(args), node.context, tuple(operands.values()))
-            hash(signature)
-        except TypeError:
-            signature = (position, repr(key))
+        signature = self._signature(position, key, operands)
         if signature not in self._trials:
             try:
                 self._trials[signature] = tried(call, operands)
             except Exception:  # some operations have no backward pass without data: taken to save their inputs
                 self._trials[signature] = None
         return self._trials[signature]
+
+    def _signature(self, position: int, key: Any, operands: Mapping[int, Operand]) -> Any:
+        """Equal for trials that are alike."""
+        node = self.graph.nodes[position]
+        numbers = {index: Ref(number) for number, index in enumerate(node.inputs)}
+        args = map_refs((node.args, node.kwargs), lambda ref: numbers[ref.index])
+        try:
+            signature = (node.op, key, _frozen(args), node.context, tuple(operands.values()))
+            hash(signature)
+        except TypeError:
+            return position, repr(key)
+        return signature
 
     def _operand(self, index: int, rows: Interval | None) -> Operand:
         """What stands for a value, or for some rows of it if it is a map."""
@@ -208,7 +220,9 @@ class Footprints:
 
     def _run_for_strides(self, strides: dict[int, tuple[int, ...]]) -> None:
         graph = self.graph
-        for node in graph.nodes:
+        for node, rule in zip(graph.nodes, graph.rules, strict=True):
+            if isinstance(rule, Reduction):  # what it makes is small, and contiguous
+                continue
             tensors: dict[int, Tensor] = {}
             for index in node.inputs:
                 value = graph.values[index]
@@ -231,6 +245,10 @@ class Footprints:
         slab = self._operand(index, rows)._replace(wanted=False)
         outputs = [self._operand(output, None)._replace(wanted=False, counted=False) for output in node.outputs]
         gradients = dict(enumerate((slab, *outputs)))
+        known: dict[Any, tuple[float, float]] = graph.learned.setdefault("reductions", {})
+        signature = self._signature(position, (rule, rows), gradients)
+        if signature in known:
+            return known[signature]
 
         def inject(tensors: Mapping[int, Tensor]) -> Any:
             whole = [tensors[number] for number in range(1, len(tensors))]
@@ -246,7 +264,8 @@ class Footprints:
                 found.append(trial.forward + sum(trial.results))
             except Exception:  # as above
                 found.append(float(graph.values[index].bytes))
-        return found[0], found[1]
+        known[signature] = found[0], found[1]
+        return known[signature]
 
     def _named(self, position: int, trial: Trial | None, rows: Interval | None) -> Footprint:
         """A trial by the indices of the node's values."""
@@ -256,11 +275,11 @@ class Footprints:
         if trial is None:
             sizes = tuple(self._bytes(output, rows) for output in outputs)
             needed = rule.needed(rows) if rows is not None and isinstance(rule, RowRule) else None
-            maps = [index for index in inputs if graph.is_map(index)]
+            maps = graph.maps_read[position]
             wanted = {index: self._bytes(index, needed) for index in maps if index in self.differentiable}
             none: tuple[None, ...] = (None,) * len(outputs)
             total = sum(wanted.values())
-            return Footprint(none, tuple(maps), (), {}, 0.0, 0.0, 0.0, total, 0.0, sizes, wanted)
+            return Footprint(none, maps, (), {}, 0.0, 0.0, 0.0, total, 0.0, sizes, wanted)
         return Footprint(
             tuple(None if view is None else inputs[view] for view in trial.views[: len(outputs)]),
             tuple(inputs[number] for number in trial.saved_inputs),

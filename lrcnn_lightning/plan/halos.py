@@ -67,7 +67,7 @@ class _Step:
         assert isinstance(rule, RowRule)
         self.position, self.outputs, self.carries, self.reached = position, node.outputs, carries, 0
         self.needed = rule.needed
-        self.maps = tuple(index for index in node.inputs if graph.is_map(index))
+        self.maps = graph.maps_read[position]
         self.targets = tuple(output for output in node.outputs if output in targets)
 
 

@@ -175,7 +175,10 @@ def make_loop(
     balanced: bool = False,
     memo: Memo | None = None,
 ) -> Loop:
-    """Put a loop together; ``rows`` is a number of rows, even or ``balanced``, or the cuts of the tallest target."""
+    """Put a loop together; ``rows`` is a number of rows, even or ``balanced``, or the cuts of the tallest target.
+
+    With a ``memo`` loops that are equal are one object.
+    """
     reduced = [graph.nodes[position].inputs[0] for position in reductions]
     targets = tuple(sorted({*stored, *reduced, *extra_targets}))
     height = max(graph.height(target) for target in targets)
@@ -195,9 +198,9 @@ def make_loop(
     else:
         cuts, table = known
     read = set(sources) | {index for row in table for index in row.reads}
-    return Loop(
+    made = Loop(
         name,
-        tuple(nodes),
+        key[0],
         tuple(sorted(read)),
         targets,
         tuple(sorted(stored)),
@@ -207,9 +210,18 @@ def make_loop(
         mine,
         tuple(chunks),
     )
+    if memo is None:
+        return made
+    return memo.loops.setdefault((id(table), name, made.sources, made.stored, made.reductions, made.chunks), made)
 
 
 def redivide(graph: RowGraph, loop: Loop, rows: int, memo: Memo | None = None) -> Loop:
     """The same loop in so many even rows."""
+    known = None if memo is None else memo.redivided.get((id(loop), rows))
+    if known is not None:
+        return known[1]
     parts = (loop.name, loop.nodes, loop.sources, loop.stored, loop.reductions, loop.targets)
-    return make_loop(graph, *parts, rows, loop.carried, loop.chunks, memo=memo)
+    made = make_loop(graph, *parts, rows, loop.carried, loop.chunks, memo=memo)
+    if memo is not None:
+        memo.redivided[id(loop), rows] = loop, made
+    return made

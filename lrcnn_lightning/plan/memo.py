@@ -14,9 +14,10 @@ from lrcnn_lightning.plan.halos import Row
 if TYPE_CHECKING:
     from lrcnn_lightning.plan.builder import ProgramBuilder
     from lrcnn_lightning.plan.duration import Durations
-    from lrcnn_lightning.plan.loop import LoopRun
+    from lrcnn_lightning.plan.loop import Loop, LoopRun
     from lrcnn_lightning.plan.passage import Passages
     from lrcnn_lightning.plan.program import SegmentProgram
+    from lrcnn_lightning.plan.residency import Residencies
 
 __all__ = ["LoopCost", "Memo", "Passage"]
 
@@ -56,6 +57,10 @@ class Memo:
     """
 
     rows: dict[Any, tuple[tuple[int, ...], tuple[Row, ...]]] = field(default_factory=dict)
+    loops: dict[Any, Loop] = field(default_factory=dict)
+    """Loops by their name, rows and whatever else they are."""
+    redivided: dict[tuple[int, int], tuple[Loop, Loop]] = field(default_factory=dict)
+    """By a loop's ``id`` and another number of rows: the loop, and the one with these rows."""
     passages: dict[Any, Passage] = field(default_factory=dict)
     simulated: Passages | None = None
     """What simulates passages, and knows what every operation takes."""
@@ -64,5 +69,7 @@ class Memo:
     segments: dict[Any, tuple[ProgramBuilder, SegmentProgram]] = field(default_factory=dict)
     differentiable: dict[frozenset[int], set[int]] = field(default_factory=dict)
     """The values that have a gradient, by the leaves that require one."""
+    residencies: dict[Any, Residencies] = field(default_factory=dict)
+    """What is kept of the maps of a segment, by its nodes and by what is chosen."""
     divided: dict[Any, SegmentProgram] = field(default_factory=dict)
     """Segments with other numbers of rows, by what they were and the rows of their loops."""

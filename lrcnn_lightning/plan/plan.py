@@ -18,7 +18,7 @@ from lrcnn_lightning.plan.machine import CPU, Machine
 from lrcnn_lightning.plan.memo import Memo
 from lrcnn_lightning.plan.plain import plain_cost
 from lrcnn_lightning.plan.program import RunRows, SegmentProgram
-from lrcnn_lightning.plan.residency import Residencies, Residency
+from lrcnn_lightning.plan.residency import Residency
 from lrcnn_lightning.plan.room import with_room
 from lrcnn_lightning.plan.segments import differentiable_values, segment_borders, stretches
 from lrcnn_lightning.rules import Interval, Role, RowGraph, RowRule
@@ -201,7 +201,7 @@ def carried_nodes(graph: RowGraph, mode: str) -> frozenset[int]:
     for position, rule in enumerate(graph.rules):
         if graph.roles[position] is not Role.ROW or not isinstance(rule, RowRule):
             continue
-        maps = [index for index in graph.nodes[position].inputs if graph.is_map(index)]
+        maps = graph.maps_read[position]
         cheap = rule.family in ("pointwise", "normalisation") and type(rule).hollow is RowRule.hollow
         if not (cheap and len(maps) == 1):
             carried.add(position)
@@ -255,7 +255,12 @@ def build_plan(
         part = choices.part(nodes[0])
         if part.mode not in carried:
             carried[part.mode] = carried_nodes(graph, part.mode)
-        residencies: Residencies = choose_residencies(graph, nodes, outputs, part.keeping, exceptions)
+        inside = frozenset(nodes)
+        own = {value: kept for value, kept in exceptions.items() if graph.producer.get(value) in inside}
+        choice = (nodes, tuple(outputs), part.keeping, tuple(own.items()))
+        if choice not in memo.residencies:
+            memo.residencies[choice] = choose_residencies(graph, nodes, outputs, part.keeping, own)
+        residencies = memo.residencies[choice]
         key = (name, nodes, tuple(outputs), part, tuple(residencies.items()), tuple(chunks), kind)
         if key not in memo.segments:
             builder = ProgramBuilder(

@@ -126,9 +126,10 @@ def _seconds(plan: Plan, rows: Mapping[str, int]) -> dict[str, float]:
     assert plan.memo is not None and plan.memo.durations is not None
     redivided = _Redivided(plan.graph, rows, plan.memo)
     seconds: dict[str, float] = {}
-    for run, *_ in loops:
-        name = run.loop.name
-        seconds[name] = seconds.get(name, 0.0) + plan.memo.durations.of(run.through(redivided.of(run.loop)))
+    for run, _, _, known in loops:
+        name, other = run.loop.name, redivided.of(run.loop)
+        needed = known if other is run.loop else plan.memo.durations.of(run.through(other))
+        seconds[name] = seconds.get(name, 0.0) + needed
     return seconds
 
 

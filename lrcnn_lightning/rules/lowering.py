@@ -136,6 +136,11 @@ class RowGraph:
         return frozenset(value for value, axes in self.axes.items() if axes.row is not None)
 
     @cached_property
+    def maps_read(self) -> tuple[tuple[int, ...], ...]:
+        """Of each node: the maps among its inputs."""
+        return tuple(tuple(filter(self.is_map, node.inputs)) for node in self.nodes)
+
+    @cached_property
     def communicates(self) -> bool:
         """Whether it exchanges data with other processes, which must then do the same."""
         return any(node.op is merge_processes for node in self.nodes)
