@@ -17,14 +17,14 @@ import torch
 
 from lrcnn_lightning.config import RowConfig, format_count, format_size
 from lrcnn_lightning.errors import ConfigError, PlanError
+from lrcnn_lightning.monitor.measure import without_collector
 from lrcnn_lightning.plan.keeping import KEEPINGS, Keeping
 from lrcnn_lightning.plan.machine import Machine
 from lrcnn_lightning.plan.memo import Memo
+from lrcnn_lightning.plan.moves import Moves
 from lrcnn_lightning.plan.notes import notes
-from lrcnn_lightning.plan.plan import Choices, Part, Plan, build_plan, plain_plan
-from lrcnn_lightning.plan.price import exchanges
+from lrcnn_lightning.plan.plan import Choices, Plan, build_plan, plain_plan
 from lrcnn_lightning.plan.report import held_at_peak
-from lrcnn_lightning.plan.segments import cut_points
 from lrcnn_lightning.rules import RowGraph
 
 __all__ = ["choose_plan", "free_bytes", "search_plans", "usable_bytes"]
@@ -32,7 +32,6 @@ __all__ = ["choose_plan", "free_bytes", "search_plans", "usable_bytes"]
 _ROWS = (2, 4, 8, 16, 32)
 _SEGMENTS = (1, 2, 3, 4, 6, 8, 12, 16)
 _SHARE_OF_FREE = 0.8
-_MOST_ROWS = 64
 _SMALL = 250
 """Nodes of a graph for which a whole grid of plans is tried in seconds."""
 _LEVELS = 32
@@ -41,8 +40,6 @@ a map is walked again and again, which takes many times plain PyTorch's time (an
 _REFINEMENTS = 400
 _REFINED_NODES = 50_000
 """Plans that are tried at most when the best one is refined, and nodes that these have together."""
-_EXCHANGED = 4
-"""Maps that are tried kept, and tried dropped, at each step of the refinement."""
 _STARTS = 3
 _DEAR = 0.1
 """Extra work of a plan for a budget from which on it is worth to look for it the other way, too."""
@@ -112,16 +109,17 @@ def search_plans(
     """
     height = graph.input_height
     search = _Search(graph, leaves, training, budget, max_overhead, machine, memo or Memo())
-    for options in _stages(graph, config, height, training):
-        search.vary(options)
-    if budget is not None:
-        search.vary(_grid(graph, config, height, training))
-        search.try_dismissed()
-    moves = _Moves(graph, config, search.best)
-    search.refine(moves)
-    assert search.best is not None
-    if budget is not None and search.best.overhead > _DEAR:
-        search.refine_the_other_way(moves)
+    with without_collector():
+        for options in _stages(graph, config, height, training):
+            search.vary(options)
+        if budget is not None:
+            search.vary(_grid(graph, config, height, training))
+            search.try_dismissed()
+        moves = Moves(graph, config, search.best)
+        search.refine(moves)
+        assert search.best is not None
+        if budget is not None and search.best.overhead > _DEAR:
+            search.refine_the_other_way(moves)
     if tried is not None:
         tried.update(search.tried)
     return replace(search.best, memo=None)
@@ -149,7 +147,7 @@ class _Search:
         self.barriers = graph.barriers if training else 0
         self.plain_seconds = plain_plan(graph, leaves, training, machine).cost.seconds
 
-    def refine(self, moves: _Moves) -> None:
+    def refine(self, moves: Moves) -> None:
         """Walk from the best plan, and from the best ones with other numbers of segments."""
         if self.best is None or self.best.mode == "plain" or not self.training:
             return
@@ -162,7 +160,7 @@ class _Search:
             self._climb(reached, moves, limit // len(starts))
         self._climb(self.best, moves, limit)
 
-    def refine_the_other_way(self, moves: _Moves) -> None:
+    def refine_the_other_way(self, moves: Moves) -> None:
         """Look for less memory in the time of the best plan for the budget: it leaves room to be faster.
 
         Where a budget is tight, the plans that fit at first are slow ones of another kind, and the way from these to
@@ -189,7 +187,7 @@ class _Search:
             first.setdefault((choices.segments, choices.keeping), choices)
         return list(first.values())
 
-    def _walk(self, current: Plan, moves: _Moves, limit: int) -> Plan:
+    def _walk(self, current: Plan, moves: Moves, limit: int) -> Plan:
         """Change a plan little by little, and make at most ``limit`` plans; the best one on the way.
 
         Mostly it takes two changes to gain anything: one that pays time (or memory), and one that buys more for it. So
@@ -218,7 +216,7 @@ class _Search:
             price *= _DEARER if self._exceeds(*self.tried[current.choices]) else 1 / _DEARER
         return best
 
-    def _climb(self, current: Plan, moves: _Moves, limit: int) -> None:
+    def _climb(self, current: Plan, moves: Moves, limit: int) -> None:
         """Change a plan as long as a single change makes it better, and make at most ``limit`` plans.
 
         A change counts, too, that gains only of what is limited: it makes room for the next one.
@@ -295,66 +293,6 @@ class _Search:
         """
         wanted, limited = (seconds, peak) if self.budget is not None else (peak, seconds)
         return (1, limited, wanted) if self._exceeds(peak, seconds) else (0, wanted, limited)
-
-
-class _Moves:
-    """Plans that differ from one in a single segment, those around the segment of the peak first."""
-
-    def __init__(self, graph: RowGraph, config: RowConfig, start: Plan | None) -> None:
-        self.config = config
-        nodes = [p for s in start.segments if not s.plain and s.backward for p in s.nodes] if start else []
-        self.points = cut_points(graph, nodes) if nodes else []
-        self.first = nodes[0] if nodes else 0
-        self.barriers = graph.barriers > 0
-        self.samples = graph.input_samples if config.batch_chunks == "auto" and graph.batch_splits else 0
-
-    def of(self, plan: Plan) -> Iterator[Choices]:
-        """The neighbours of a plan."""
-        choices = plan.explicit
-        parts = choices.parts
-        if self.barriers:
-            for value, residency in exchanges(plan, _EXCHANGED):
-                excepted = {**dict(choices.exceptions), value: residency}
-                yield replace(choices, exceptions=tuple(sorted(excepted.items())))
-        for chunks in (choices.batch_chunks * 2, choices.batch_chunks // 2):
-            if 1 <= chunks <= self.samples:
-                yield replace(choices, batch_chunks=chunks)
-        peak = next((s.nodes[0] for s in plan.segments[plan.cost.peak_segment :] if not s.plain), parts[-1].first)
-        order = sorted(range(len(parts)), key=lambda i: abs(parts[i].first - peak))
-        for i in order:
-            yield from (replace(choices, parts=(*parts[:i], part, *parts[i + 1 :])) for part in self._others(parts[i]))
-            for changed in self._cuts(parts, i):
-                yield replace(choices, parts=changed, segments=len(changed))
-
-    def _others(self, part: Part) -> Iterator[Part]:
-        """The same segment with another choice."""
-        if self.config.rows == "auto":
-            for rows in (part.rows * 2, part.rows * 3 // 2, part.rows // 2):
-                if 1 < rows <= _MOST_ROWS:
-                    yield replace(part, rows=rows)
-        yield replace(part, heights="balanced" if part.heights == "even" else "even")
-        keepings: list[Keeping] = ["lean", "demand", "narrow", "borders"]
-        yield from (replace(part, keeping=k) for k in keepings if k != part.keeping and self.barriers)
-        if self.config.mode == "auto":
-            yield replace(part, mode="overlap" if part.mode == "two_phase" else "two_phase")
-
-    def _cuts(self, parts: tuple[Part, ...], i: int) -> Iterator[tuple[Part, ...]]:
-        """Segment ``i`` begins elsewhere, is joined with the one before, or is divided."""
-        part = parts[i]
-        lower = parts[i - 1].first if i else self.first
-        upper = parts[i + 1].first if i + 1 < len(parts) else math.inf
-        if i and part.first > self.first:
-            near = sorted(
-                (p for p in self.points if lower < p < upper and p != part.first), key=lambda p: abs(p - part.first)
-            )
-            yield from ((*parts[:i], replace(part, first=p), *parts[i + 1 :]) for p in near[:6])
-        if self.config.segments != "auto" or part.first < self.first:
-            return
-        if i and parts[i - 1].first >= self.first:
-            yield (*parts[:i], *parts[i + 1 :])
-        inside = [p for p in self.points if part.first < p < upper]
-        step = max(1, len(inside) // 6)
-        yield from ((*parts[: i + 1], replace(part, first=p), *parts[i + 1 :]) for p in inside[step // 2 :: step])
 
 
 def _stages(graph: RowGraph, config: RowConfig, height: int, training: bool) -> Iterator[dict[str, Sequence[Any]]]:
