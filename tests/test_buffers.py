@@ -176,3 +176,26 @@ def test_statistics_that_another_pass_moves_on() -> None:
             torch.testing.assert_close(mine.grad, first.grad + second.grad, rtol=1e-9, atol=1e-11)
         for mine, theirs in zip(ours.buffers(), other.buffers(), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+class SharedHead(nn.Module):
+    """One head for several levels of a pyramid, as detectors have it; the finest level comes first and is made last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.coarse = nn.Sequential(nn.Conv2d(4, 4, 3, 2, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.merge = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+        self.head = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4, momentum=0.5))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        fine = self.fine(x)
+        coarse = self.coarse(fine)
+        merged = self.merge(fine + nn.functional.interpolate(coarse, scale_factor=2))
+        return self.head(merged), self.head(coarse)
+
+
+def test_statistics_are_updated_in_the_order_of_the_calls() -> None:
+    """The second call of a layer, whose input is there sooner than that of the first, updated the statistics first."""
+    assert_exact(SharedHead(), torch.randn(2, 3, 16, 16, dtype=torch.float64), choices=CHOICES)
+    assert_exact(SharedHead(), torch.randn(2, 3, 16, 16, dtype=torch.float64), rows=(1, 4), segments=(1, 3))

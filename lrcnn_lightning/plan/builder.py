@@ -151,9 +151,13 @@ class ProgramBuilder:
         return make_loop(self.graph, name, nodes, sources, stored, reductions, further, *divided)
 
     def _levels(self) -> tuple[dict[int, int], dict[int, int]]:
-        """Per value: the level whose loop makes it (maps), or before which it is there (whole values). Per node too."""
+        """Per value: the level whose loop makes it (maps), or before which it is there (whole values). Per node too.
+
+        Effects keep their order, whatever they wait for: a module that is called twice updates its statistics twice.
+        """
         value_level: dict[int, int] = {}
         node_level: dict[int, int] = {}
+        effects = 0
         for position in self.nodes:
             node, role = self.graph.nodes[position], self.graph.roles[position]
             levels = [0]
@@ -164,6 +168,8 @@ class ProgramBuilder:
                 step = 1 if role is Role.WHOLE and after_rows else 0
                 levels.append(value_level[index] + step)
             level = max(levels)
+            if not node.outputs:
+                level = effects = max(level, effects)
             node_level[position] = level
             for output in node.outputs:
                 value_level[output] = level + (role is Role.REDUCE)
