@@ -123,11 +123,17 @@ class _Filling:
             cut(self.full, self.axes, Tile(Interval(start, stop), self._batch)).zero_()
 
 
+def _is_part(tensor: Tensor) -> bool:
+    """Whether it is a view of something larger."""
+    return tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+
+
 class Gradients:
     """Gradients by value: maps that are added to slab by slab, and whole tensors.
 
-    A tensor that came from outside is borrowed: it is read, and copied before anything is added to it. Whole
-    gradients are summed in float32 or better.
+    A tensor that came from outside is borrowed: it is read, and copied before anything is added to it. One that is a
+    part of something larger is copied at once, since it would keep all of that alive. Whole gradients are summed in
+    float32 or better.
     """
 
     def __init__(self, shape_of: Callable[[int], tuple[int, ...]], axes_of: Callable[[int], Axes]) -> None:
@@ -150,16 +156,23 @@ class Gradients:
         self._borrowed.discard(value)
         return self._tensors.pop(value, None)
 
+    def lend(self, value: int, gradient: Tensor) -> None:
+        """Begin with a gradient that others have, too."""
+        if self._axes_of(value).row is None:
+            self.add(value, gradient)
+            return
+        self._tensors[value] = gradient
+        self._borrowed.add(value)
+
     def add(self, value: int, gradient: Tensor) -> None:
         """Add the gradient of a whole value or full map."""
         self._finish(value)
         present = self._tensors.get(value)
         if present is None:
-            # Autograd may have given the same tensor to somebody else: not ours to change.
-            if self._axes_of(value).row is not None:
-                self._tensors[value] = gradient
-                self._borrowed.add(value)
-            elif gradient.dtype in (torch.float16, torch.bfloat16):
+            is_map = self._axes_of(value).row is not None
+            if is_map and not _is_part(gradient):
+                self.lend(value, gradient)  # autograd may have given the same tensor to somebody else
+            elif gradient.dtype in (torch.float16, torch.bfloat16) and not is_map:
                 self._tensors[value] = gradient.float()
             else:
                 self._tensors[value] = gradient.clone()

@@ -156,7 +156,7 @@ def _run_backward(ctx: Any, output_gradients: tuple[Tensor | None, ...]) -> tupl
     gradients = Gradients(lambda index: graph.values[index].shape, lambda index: graph.axes.get(index, Axes()))
     for index, given in zip(program.outputs, output_gradients, strict=True):
         if given is not None:
-            gradients.add(index, given)
+            gradients.lend(index, given)
     del output_gradients
     rows = RowLoop(call.prepared, store)
     with ctx.ambient.restored():

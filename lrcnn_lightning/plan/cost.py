@@ -218,21 +218,27 @@ class _Simulation:
         self._loop(LoopRun(run.loop, backward=run, made=made), dropped is None, dropped, given, simulate)
 
     def _backward(self, segment: SegmentProgram, kept_before: Collection[int]) -> None:
-        memory = self.memory
+        graph, memory = self.graph, self.memory
         memory.mark()
+        received = [index for index in segment.inputs if ("gradient", index) in memory]
+        for index in received:  # from other segments: autograd adds this one's to it at the end
+            memory.rename(("gradient", index), ("received", index))
         for step in segment.backward:
             if isinstance(step, BackwardRows):
+                self._borrow(segment, step.run.maps)
                 self._backward_rows(step.run, step.carries if step.drops else None)
             elif isinstance(step, RunRows):
                 self._rows(step.loop, frozenset(), stored=True)
             elif isinstance(step, Sweep):
                 self._rows(step.loop, step.loop.carried, stored=False)
             elif isinstance(step, BackwardWhole):
+                self._borrow(segment, graph.maps_read[step.node])
                 self._backward_whole(step.node)
             elif isinstance(step, Free):
-                if step.value not in segment.outputs:
-                    memory.free(("map", step.value))
-            elif isinstance(step, FreeGradient) and step.value not in segment.outputs:
+                memory.free(("map", step.value))
+            elif isinstance(step, FreeGradient) and (
+                step.value not in segment.outputs or ("borrowed", step.value) in memory
+            ):
                 memory.free(("gradient", step.value))
             if isinstance(step, (BackwardRows, BackwardWhole, Sweep)):
                 self.step_peaks.append(memory.mark())
@@ -241,7 +247,18 @@ class _Simulation:
                 memory.free(("map", index))
             if index in segment.outputs:
                 memory.free(("gradient", index))
+                memory.free(("borrowed", index))
         memory.free_all("keep", segment.name)
+        for index in received:
+            memory.free(("gradient", index))
+            memory.rename(("received", index), ("gradient", index))
+
+    def _borrow(self, segment: SegmentProgram, values: Collection[int]) -> None:
+        """The gradient of an output is autograd's, for as long as the segment runs: what adds to it makes a copy."""
+        memory = self.memory
+        for value in values:
+            if value in segment.outputs and ("gradient", value) in memory and ("borrowed", value) not in memory:
+                memory.rename(("gradient", value), ("borrowed", value))
 
     def _backward_whole(self, position: int, plain: bool = False) -> None:
         """The gradients of a node on full maps, which is run again for them but in a ``plain`` segment."""

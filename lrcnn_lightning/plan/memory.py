@@ -45,6 +45,10 @@ class Memory:
         if family:
             self.live -= family.pop(key, 0)
 
+    def rename(self, key: tuple[Any, ...], other: tuple[Any, ...]) -> None:
+        """Call what is under a key by another one, which is not in use."""
+        self._families.setdefault(other[0], {})[other] = self._families[key[0]].pop(key)
+
     def free_all(self, name: str, first: str | None = None) -> None:
         """Drop a family, or its keys whose second entry is ``first`` or begins with ``first`` and a dot."""
         for key in list(self.within(name, first)):

@@ -166,10 +166,10 @@ def held_at_peak(plan: Plan) -> str:
     program_cost(plan.graph, plan.segments, plan.differentiable, plan.last_reader, plan.machine, memory)
     named: dict[str, int] = {}
     for key, size in memory.at_peak.items():
-        if key[0] in ("map", "gradient"):
+        if key[0] in ("map", "gradient", "borrowed", "received"):
             node = plan.graph.nodes[plan.graph.producer[key[1]]] if key[1] in plan.graph.producer else None
             where = f" of {node.module}" if node is not None and node.module else ""
-            kind = "gradient of " if key[0] == "gradient" else ""
+            kind = "" if key[0] == "map" else "gradient of "
             text = f"{kind}{plan.graph.values[key[1]].name}{where}"
         else:
             text = "carries between rows" if key[0] in ("keep", "carry", "handed") else "slabs of one row"

@@ -145,7 +145,7 @@ class _Search:
         self.dismissed: list[Choices] = []
         self.best: Plan | None = None
         self.barriers = graph.barriers if training else 0
-        self.plain_seconds = plain_plan(graph, leaves, training, machine).cost.seconds
+        self.plain = plain_plan(graph, leaves, training, machine).cost
 
     def refine(self, moves: Moves) -> None:
         """Walk from the best plan, and from the best ones with other numbers of segments."""
@@ -248,7 +248,7 @@ class _Search:
     def _exceeds(self, peak: int, seconds: float) -> bool:
         if self.budget is not None:
             return peak > self.budget
-        return seconds > self.plain_seconds * (1 + self.max_overhead)
+        return seconds > self.plain.seconds * (1 + self.max_overhead)
 
     def _priced(self, peak: int, seconds: float, price: float) -> float:
         """What is wanted less of, and at a price what is limited, both by their logarithms."""
@@ -289,10 +289,12 @@ class _Search:
 
     def _rank(self, peak: int, seconds: float) -> tuple[float, ...]:
         """Smaller is better. With a budget: fitting plans by time, others by memory. Without: plans within the
-        allowed overhead by memory, others by time.
+        allowed overhead by memory, others by time, those that save nothing last.
         """
         wanted, limited = (seconds, peak) if self.budget is not None else (peak, seconds)
-        return (1, limited, wanted) if self._exceeds(peak, seconds) else (0, wanted, limited)
+        if not self._exceeds(peak, seconds):
+            return 0, wanted, limited
+        return 1 + (self.budget is None and peak >= self.plain.peak_bytes), limited, wanted
 
 
 def _stages(graph: RowGraph, config: RowConfig, height: int, training: bool) -> Iterator[dict[str, Sequence[Any]]]:
