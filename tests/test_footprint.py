@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable
 
@@ -125,3 +126,17 @@ def test_a_budget_is_kept(name: str, share: float) -> None:
     measured = measure_fake(module, IMAGES).peak_bytes
     lrcnn_lightning.restore(module)
     assert measured <= budget
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_sums_of_weight_gradients_are_counted(dtype: torch.dtype) -> None:
+    """In half precision they are summed in float32, which is memory of its own: VGG-16 took 2.8 times its plan."""
+    widths = [3, 64, 128, 256]
+    layers = [nn.Sequential(nn.Conv2d(a, b, 3, 2, padding=1), nn.ReLU()) for a, b in itertools.pairwise(widths)]
+    module = nn.Sequential(*layers).to(dtype)
+    images = torch.empty(1, 3, 96, 96, device="meta", dtype=dtype)
+    for options in ({"mode": "two_phase", "rows": 3, "segments": 1}, {"mode": "overlap", "rows": 2, "segments": 3}):
+        lrcnn_lightning.rowwise(module, **options)
+        measured = measure_fake(module, images).peak_bytes
+        assert module.forward.training_plan.peak_bytes == pytest.approx(measured, rel=0.03), options
+        lrcnn_lightning.restore(module)

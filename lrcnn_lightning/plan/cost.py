@@ -29,6 +29,7 @@ from lrcnn_lightning.plan.program import (
     SegmentProgram,
     Sweep,
 )
+from lrcnn_lightning.plan.retained import sum_bytes
 from lrcnn_lightning.plan.work import is_parameter
 from lrcnn_lightning.rules import RowGraph
 
@@ -249,6 +250,9 @@ class _Simulation:
                 memory.free(("gradient", index))
                 memory.free(("borrowed", index))
         memory.free_all("keep", segment.name)
+        for index in segment.inputs:
+            if is_parameter(graph, index):  # its sum becomes its ``.grad``
+                memory.free(("gradient", index))
         for index in received:
             memory.free(("gradient", index))
             memory.rename(("received", index), ("gradient", index))
@@ -268,8 +272,11 @@ class _Simulation:
             again = 0.0 if plain else sum(footprint.results) + footprint.extra
             self.memory.touch(again + max(0.0 if plain else footprint.recompute, footprint.backward))
         for index in node.inputs:
-            if index in self.differentiable and not is_parameter(self.graph, index):
-                self.memory.allocate(("gradient", index), self.graph.values[index].bytes)
+            if index in self.differentiable:
+                summed = not plain and not self.graph.is_map(index)
+                size = sum_bytes(self.graph, index) if summed else self.graph.values[index].bytes
+                if size and (summed or not is_parameter(self.graph, index)):
+                    self.memory.allocate(("gradient", index), size)
         self.seconds += self.work.forward(position) + self.work.backward(position, 1.0, 2, 1)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from lrcnn_lightning.plan.footprint import Footprint, Footprints
 from lrcnn_lightning.plan.loop import BackwardPass
 from lrcnn_lightning.plan.memory import Memory
-from lrcnn_lightning.plan.retained import bytes_of
+from lrcnn_lightning.plan.retained import bytes_of, sum_bytes
 from lrcnn_lightning.plan.row import SimulatedRow
 from lrcnn_lightning.rules import RowGraph, RowRule
 
@@ -99,6 +99,9 @@ class BackwardRow(SimulatedRow):
         for value in node.outputs:
             self._collect(position, value, from_below)
         if any(("slab gradient", value) in buffers for value in node.outputs):
+            for value in node.inputs:
+                if value in self.run.wholes and (size := sum_bytes(graph, value)):
+                    self.memory.allocate(("gradient", value), size)
             self.memory.touch(share * footprint.backward + footprint.whole)
             for value, size in footprint.gradients.items():
                 if value in self.run.maps or graph.producer.get(value) in self.run.differentiated:

@@ -14,9 +14,8 @@ from lrcnn_lightning.plan.footprint import Footprints
 from lrcnn_lightning.plan.halos import Row
 from lrcnn_lightning.plan.loop import BackwardPass, Loop
 from lrcnn_lightning.plan.memory import Memory
-from lrcnn_lightning.plan.retained import bytes_of
+from lrcnn_lightning.plan.retained import bytes_of, sum_bytes
 from lrcnn_lightning.plan.row import SimulatedRow
-from lrcnn_lightning.plan.work import is_parameter
 from lrcnn_lightning.rules import RowGraph
 
 __all__ = ["Passages"]
@@ -106,9 +105,8 @@ class Passages:
         for index in run.maps:
             self.memory.allocate(("gradient", index), self.graph.values[index].bytes)
         for value in run.wholes:
-            # What becomes the gradient of a parameter is no activation memory.
-            if not is_parameter(self.graph, value):
-                self.memory.allocate(("gradient", value), self.graph.values[value].bytes)
+            if size := sum_bytes(self.graph, value):
+                self.memory.allocate(("gradient", value), size)
 
     def _drop_kept(self, loop: str, chunk: int, r: int) -> None:
         """The carries that row ``r`` (and those it stands for) kept."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from lrcnn_lightning.graph import Node
+from lrcnn_lightning.graph import Node, ValueKind
 from lrcnn_lightning.rules import RowGraph
 
-__all__ = ["VIEWS", "bytes_of", "passes_gradient_on"]
+__all__ = ["VIEWS", "bytes_of", "passes_gradient_on", "sum_bytes"]
 
 aten = torch.ops.aten
 
@@ -35,6 +35,17 @@ VIEWS = {
 def passes_gradient_on(node: Node) -> bool:
     """Whether the gradient of an input has the memory of the result's gradient."""
     return node.op in VIEWS or node.op is aten.add.Tensor
+
+
+def sum_bytes(graph: RowGraph, value: int) -> float:
+    """Bytes of activation memory where the gradient of a whole value is summed, which is done in float32 or better.
+
+    What becomes the gradient of a parameter is none; but that of a parameter in half precision is made of the sum.
+    """
+    info = graph.values[value]
+    if info.dtype in (torch.float16, torch.bfloat16):
+        return 2.0 * info.bytes
+    return 0.0 if info.kind in (ValueKind.PARAMETER, ValueKind.BUFFER) else float(info.bytes)
 
 
 def bytes_of(graph: RowGraph, value: int, rows: int, samples: int) -> float:
