@@ -22,8 +22,9 @@ from lrcnn_lightning.captures import CACHED, Captures, device_of, put_back
 from lrcnn_lightning.config import RowConfig
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
 from lrcnn_lightning.errors import CaptureError, ConfigError, InputError, RowwiseError
-from lrcnn_lightning.graph import capture, own_error, take_apart
+from lrcnn_lightning.graph import capture, own_error, take_apart, under_autocast
 from lrcnn_lightning.messages import inner_hooks
+from lrcnn_lightning.plan.autocast import under_autocast_of
 from lrcnn_lightning.plan.frontier import Frontier, find_frontier
 from lrcnn_lightning.plan.machine import Machine
 from lrcnn_lightning.plan.plan import Plan
@@ -141,7 +142,7 @@ class RowwiseForward:
         return "name smaller modules in `modules`" if self.name else "call rowwise() on smaller modules"
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Execution, list[Any]]:
-        inputs, graph = self._captured(args, kwargs)
+        inputs, graph = self._situated(args, kwargs)
         grad = torch.is_grad_enabled()
         leaves = requires_grad_leaves(graph.graph, self.module, inputs) if grad else frozenset()
         plan_key = (graph, leaves, grad)
@@ -175,6 +176,12 @@ class RowwiseForward:
                 f"{self._smaller_for_hooks()}"
             )
 
+    def _situated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], RowGraph]:
+        """The leaves of the arguments, and the graph for them with the dtypes that its values have in this call."""
+        inputs, graph = self._captured(args, kwargs)
+        device = device_of(inputs)
+        return inputs, under_autocast_of(graph, device) if under_autocast(device) else graph
+
     def _captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], RowGraph]:
         """The leaves of the arguments, and the graph that serves a call with them."""
         args, kwargs = without_subclasses(args, kwargs)
@@ -197,7 +204,7 @@ class RowwiseForward:
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[RowGraph, frozenset[int], bool, torch.device]:
         """What a plan for a training call is made from: graph, values with a gradient, whether any, device."""
-        inputs, graph = self._captured(args, kwargs)
+        inputs, graph = self._situated(args, kwargs)
         leaves = requires_grad_leaves(graph.graph, self.module, inputs)
         return graph, leaves, bool(leaves), device_of(inputs)
 

@@ -140,3 +140,36 @@ def test_sums_of_weight_gradients_are_counted(dtype: torch.dtype) -> None:
         measured = measure_fake(module, images).peak_bytes
         assert module.forward.training_plan.peak_bytes == pytest.approx(measured, rel=0.03), options
         lrcnn_lightning.restore(module)
+
+
+class Mixed(nn.Module):
+    """The forward pass under autocast, as the mixed precisions of Lightning have it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            result: Tensor = self.module(x)
+        return result
+
+
+def test_memory_under_autocast() -> None:
+    """It was predicted as if every map were in float32, and without the copies of weights that autocast keeps."""
+    layers = [
+        nn.Sequential(nn.Conv2d(a, b, 3, 2, padding=1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in ((3, 64), (64, 128))
+    ]
+    module = nn.Sequential(*layers, nn.Conv2d(128, 256, 3, padding=1))
+    mixed = Mixed(module)
+    plain = measure_fake(mixed, IMAGES).peak_bytes
+    for options in ({"mode": "two_phase", "rows": 4, "segments": 1}, {"mode": "overlap", "rows": 4, "segments": 2}):
+        lrcnn_lightning.rowwise(module, **options)
+        measured = measure_fake(mixed, IMAGES).peak_bytes
+        plan = module.forward.training_plan
+        assert plan.peak_bytes == pytest.approx(measured, rel=0.1), options
+        assert plan.plain_peak_bytes == pytest.approx(plain, rel=0.02)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert lrcnn_lightning.plan(module, IMAGES, **options).peak_bytes == plan.peak_bytes
+        assert lrcnn_lightning.plan(module, IMAGES, **options).plain_peak_bytes > 1.5 * plan.plain_peak_bytes
+        lrcnn_lightning.restore(module)

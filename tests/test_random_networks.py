@@ -11,7 +11,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import lrcnn_lightning
 from lrcnn_lightning.plan.plan import Choices
 from lrcnn_lightning.plan.residency import KEEP, LEAN, STREAM, TRANSIENT
 from tests.networks import ACTIVATIONS, Network, Recipe, Step, make, result_shape
@@ -128,6 +130,9 @@ def recipes(draw: Any, most: int = 9) -> Recipe:
         if min(result) < 1 or max(result[2:]) > LARGEST or result[1] > 8 or (rough and few < 4):
             continue
         if kind == "last" and shapes[source][1] < 2:
+            continue
+        # Plain PyTorch's gradients are wrong there, see `test_one_sample_before_channels_last`.
+        if shape[0] == 1 and {"instance", "last"} <= {kind, *(s.kind for s in steps)}:
             continue
         # Of two equal elements rounding makes one the larger, plainly or by rows, and it takes the gradient.
         copied = copied or kind == "adaptive" or any(n in ("nearest", "nearest-exact") for n in numbers)
@@ -256,3 +261,14 @@ STORIES = {
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_stories(story: str, rows: int) -> None:
     verify(STORIES[story], [Choices(mode, rows, 1, 1, keeping) for mode in MODES for keeping in KEEPINGS])
+
+
+def test_one_sample_before_channels_last() -> None:
+    """ATen's instance norm mixes up the channels of a gradient that is channels last, if there is one sample. Rows do
+    not, so plain PyTorch cannot be the oracle here: finite differences are.
+    """
+    torch.manual_seed(0)
+    step = Step("last", (0,), (2,))
+    network = nn.Sequential(nn.InstanceNorm2d(3, affine=True), make(step, [(1, 3, 4, 4)])).double()
+    lrcnn_lightning.rowwise(network, mode="two_phase", rows=2)
+    assert torch.autograd.gradcheck(network, (torch.randn(1, 3, 4, 4, dtype=torch.float64, requires_grad=True),))

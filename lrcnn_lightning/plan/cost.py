@@ -298,12 +298,15 @@ def program_cost(
     peaks: dict[int, int] = {}  # peak so far -> the segment that was run when it was reached
     step_peaks: dict[str, tuple[int, ...]] = {}
     kept = _kept(graph, segments) if differentiable else set()
+    if graph.cast_bytes:
+        memory.allocate(("cast",), graph.cast_bytes)
     for number, segment in enumerate(segments):
         peaks.setdefault(memory.peak, number - 1)
         simulation.run_forward(segment)
         for index in segment.inputs:
             if last_reader.get(index) == number and index not in kept:
                 memory.free(("map", index))
+    memory.free(("cast",))
     if differentiable:
         for index in graph.graph.output_values():
             if index not in kept:

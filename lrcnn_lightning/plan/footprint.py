@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lrcnn_lightning.graph import Node, Ref, map_refs
+from lrcnn_lightning.graph import Ref, map_refs
 from lrcnn_lightning.graph.switches import entered
-from lrcnn_lightning.plan.trial import Operand, Trial, tried, without_data
+from lrcnn_lightning.plan.trial import Operand, Trial, called, tried, without_data
 from lrcnn_lightning.rules import Interval, Reduction, Role, RowGraph, RowRule, Tile
 
 __all__ = ["Footprint", "Footprints"]
@@ -165,7 +165,7 @@ class Footprints:
         operands = {number: self._operand(index, None) for number, index in enumerate(node.inputs)}
 
         def call(tensors: Mapping[int, Tensor]) -> Any:
-            return _called(node, {index: tensors[number] for number, index in enumerate(node.inputs)})
+            return called(node, {index: tensors[number] for number, index in enumerate(node.inputs)})
 
         return self._tried(None, position, call, operands)
 
@@ -179,7 +179,7 @@ class Footprints:
         signature = self._signature(position, key, operands)
         if signature not in self._trials:
             try:
-                self._trials[signature] = tried(call, operands)
+                self._trials[signature] = tried(call, operands, self.graph.autocast)
             except Exception:  # some operations have no backward pass without data: taken to save their inputs
                 self._trials[signature] = None
         return self._trials[signature]
@@ -214,7 +214,7 @@ class Footprints:
         """The strides of each value, from one run of the graph without data and without autograd."""
         if self._strides is None:
             self._strides = self.graph.learned["strides"] = {}
-            with without_data(), torch.no_grad():
+            with without_data(self.graph.autocast), torch.no_grad():
                 self._run_for_strides(self._strides)
         return self._strides
 
@@ -229,7 +229,7 @@ class Footprints:
                 given = strides.get(index) or _dense(value.shape, None)
                 tensors[index] = torch.empty_strided(value.shape, given, dtype=value.dtype, device=value.device)
             try:
-                results = _called(node, dict(tensors))
+                results = called(node, dict(tensors))
             except Exception:  # it is taken to be contiguous
                 continue
             results = results if isinstance(results, (list, tuple)) else (results,)
@@ -260,7 +260,7 @@ class Footprints:
         found = []
         for call, operands in ((partial, {0: slab}), (inject, gradients)):
             try:
-                trial = tried(call, operands)
+                trial = tried(call, operands, graph.autocast)
                 found.append(trial.forward + sum(trial.results))
             except Exception:  # as above
                 found.append(float(graph.values[index].bytes))
@@ -307,13 +307,6 @@ def _dense(shape: Any, order: tuple[int, ...] | None) -> tuple[int, ...]:
         strides[dimension] = step
         step *= max(shape[dimension], 1)
     return tuple(strides)
-
-
-def _called(node: Node, tensors: Mapping[int, Tensor]) -> Any:
-    """A node on full tensors, by their indices."""
-    args, kwargs = (map_refs(tree, lambda ref: tensors[ref.index]) for tree in (node.args, node.kwargs))
-    with entered(node.context):
-        return node.op(*args, **kwargs)
 
 
 def _frozen(tree: Any) -> Any:

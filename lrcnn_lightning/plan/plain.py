@@ -7,7 +7,7 @@ measures a module: no model of what autograd saves could be nearer. Its time is 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from lrcnn_lightning.graph.switches import entered
 from lrcnn_lightning.monitor.measure import measure_module
 from lrcnn_lightning.plan.cost import Cost
 from lrcnn_lightning.plan.machine import CPU, Machine
-from lrcnn_lightning.plan.trial import without_data
+from lrcnn_lightning.plan.trial import Autocast, without_data
 from lrcnn_lightning.plan.work import Work, is_parameter, is_weight
 from lrcnn_lightning.rules import Role, RowGraph
 
@@ -30,16 +30,16 @@ def plain_cost(graph: RowGraph, differentiable: Collection[int], machine: Machin
     key = frozenset(differentiable)
     known: dict[frozenset[int], tuple[int, tuple[int, ...]]] = graph.learned.setdefault("plain", {})
     if key not in known:
-        known[key] = _memory(graph.captured, differentiable)
+        known[key] = _memory(graph.captured, differentiable, graph.autocast)
     peak, timeline = known[key]
     return Cost(peak, _seconds(graph, differentiable, machine), timeline)
 
 
-def _memory(graph: Graph, differentiable: Collection[int]) -> tuple[int, tuple[int, ...]]:
+def _memory(graph: Graph, differentiable: Collection[int], autocast: Autocast | None) -> tuple[int, tuple[int, ...]]:
     """The peak of activation memory of a step, and what is live after each operation, in bytes."""
     for in_place in (True, False):
         with without_data(), contextlib.suppress(Exception):
-            module = _Captured(graph, differentiable, in_place)
+            module = _Captured(graph, differentiable, in_place, autocast)
             inputs = [_made(value).requires_grad_(value.index in differentiable) for value in graph.inputs]
             step = measure_module(module, *inputs, grad=bool(differentiable), record=True)
             return step.peak_bytes, step.timeline
@@ -55,8 +55,13 @@ def _made(value: Value) -> Tensor:
 class _Captured(nn.Module):
     """The captured operations as a module whose tensors have no data."""
 
-    def __init__(self, graph: Graph, differentiable: Collection[int], in_place: bool) -> None:
+    def __init__(
+        self, graph: Graph, differentiable: Collection[int], in_place: bool, autocast: Autocast | None
+    ) -> None:
         super().__init__()
+        self._autocast = (
+            contextlib.nullcontext() if autocast is None else torch.autocast(autocast[0], dtype=autocast[1])
+        )
         self._in_place = in_place
         self._graph = graph
         self._given: dict[int, Tensor] = {}
@@ -69,6 +74,10 @@ class _Captured(nn.Module):
         self._dropped = _dropped(graph)
 
     def forward(self, *inputs: Tensor) -> Any:
+        with self._autocast:
+            return self._outputs(inputs)
+
+    def _outputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         graph = self._graph
         store = dict(self._given)
         store.update(zip((value.index for value in graph.inputs), inputs, strict=True))

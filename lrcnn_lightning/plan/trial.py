@@ -23,10 +23,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from lrcnn_lightning.graph import Node, map_refs
+from lrcnn_lightning.graph.switches import entered
 from lrcnn_lightning.graph.tap import tapped
 from lrcnn_lightning.monitor.meter import MemoryMeter
 
-__all__ = ["Operand", "Trial", "tried", "without_data"]
+__all__ = ["Autocast", "Operand", "Trial", "called", "tried", "without_data"]
 
 
 class Operand(NamedTuple):
@@ -83,9 +85,13 @@ def _fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+Autocast = tuple[str, torch.dtype]
+"""The kind of device and the dtype."""
+
+
 @contextmanager
-def without_data() -> Iterator[None]:
-    """Tensors that are made here have no data, whatever modes are in force outside."""
+def without_data(autocast: Autocast | None = None) -> Iterator[None]:
+    """Tensors that are made here have no data, whatever modes are in force outside; ``autocast`` is, or none."""
     # Hooks of the user, as checkpointing has them, must not see what is saved here; without any, none are needed.
     hooks = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach)
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
@@ -94,7 +100,17 @@ def without_data() -> Iterator[None]:
         with ExitStack() as switches:
             for kind in kinds:
                 switches.enter_context(torch.autocast(kind, enabled=False))
+            if autocast is not None:
+                kind, dtype = autocast
+                switches.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=False))
             yield
+
+
+def called(node: Node, tensors: Mapping[int, Tensor]) -> Any:
+    """A node on full tensors, by their indices."""
+    args, kwargs = (map_refs(tree, lambda ref: tensors[ref.index]) for tree in (node.args, node.kwargs))
+    with entered(node.context):
+        return node.op(*args, **kwargs)
 
 
 class _Source(torch.autograd.Function):
@@ -123,9 +139,11 @@ class _Given(NamedTuple):
     storage: weakref.ref[torch.UntypedStorage]
 
 
-def tried(call: Callable[[Mapping[int, Tensor]], Any], operands: Mapping[int, Operand]) -> Trial:
+def tried(
+    call: Callable[[Mapping[int, Tensor]], Any], operands: Mapping[int, Operand], autocast: Autocast | None = None
+) -> Trial:
     """Try a call that takes its operands by number. Raises whatever the call raises."""
-    with without_data(), MemoryMeter() as meter:
+    with without_data(autocast), MemoryMeter() as meter:
         return _Attempt(call, operands, meter).run()
 
 

@@ -50,6 +50,10 @@ class RowGraph:
     batch_splits: bool
     captured: Graph
     """The graph as it was before operations were expanded: what plain execution runs."""
+    autocast: tuple[str, torch.dtype] | None = None
+    """The kind of device and the dtype, where the dtypes of values are those under autocast."""
+    cast_bytes: int = 0
+    """Copies of weights that autocast keeps."""
 
     @cached_property
     def values(self) -> tuple[Value, ...]:
