@@ -167,7 +167,7 @@ def test_memory_under_autocast() -> None:
         lrcnn_lightning.rowwise(module, **options)
         measured = measure_fake(mixed, IMAGES).peak_bytes
         plan = module.forward.training_plan
-        assert plan.peak_bytes == pytest.approx(measured, rel=0.1), options
+        assert plan.peak_bytes == pytest.approx(measured, rel=0.05), options
         assert plan.plain_peak_bytes == pytest.approx(plain, rel=0.02)
         with torch.autocast("cpu", torch.bfloat16):
             assert lrcnn_lightning.plan(module, IMAGES, **options).peak_bytes == plan.peak_bytes

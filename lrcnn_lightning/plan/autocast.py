@@ -11,12 +11,13 @@ The copies of weights stay until autocast is left, which is done between forward
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lrcnn_lightning.graph import ValueKind
+from lrcnn_lightning.graph import Node, ValueKind
 from lrcnn_lightning.monitor.meter import MemoryMeter
 from lrcnn_lightning.plan.trial import called, without_data
 from lrcnn_lightning.rules import RowGraph
@@ -46,19 +47,21 @@ def _dtypes(graph: RowGraph, kind: str, dtype: torch.dtype) -> tuple[dict[int, t
         floats = tensor.is_floating_point() or tensor.is_complex()
         return tensor.requires_grad_(value.kind is ValueKind.PARAMETER and floats)
 
+    def run(node: Node, weights: Mapping[int, Tensor]) -> None:
+        tensors = {index: weights[index] if index in weights else made(index) for index in node.inputs}
+        try:
+            results = called(node, tensors)
+        except Exception:  # it is taken to make what it makes without autocast
+            return
+        results = results if isinstance(results, (list, tuple)) else (results,)
+        for index, result in zip(node.outputs, results, strict=False):
+            if isinstance(result, Tensor) and tuple(result.shape) == tuple(graph.values[index].shape):
+                found[index] = result.dtype
+
     with without_data(), MemoryMeter() as meter, torch.no_grad():
         weights = {value.index: made(value.index) for value in graph.values if value.kind is ValueKind.PARAMETER}
         before = meter.live_bytes
         with torch.autocast(kind, dtype=dtype):
             for node in graph.nodes:
-                tensors = {index: weights[index] if index in weights else made(index) for index in node.inputs}
-                try:
-                    results = called(node, tensors)
-                except Exception:  # it is taken to make what it makes without autocast
-                    continue
-                results = results if isinstance(results, (list, tuple)) else (results,)
-                for index, result in zip(node.outputs, results, strict=False):
-                    if isinstance(result, Tensor) and tuple(result.shape) == tuple(graph.values[index].shape):
-                        found[index] = result.dtype
-            tensors, results = {}, ()
+                run(node, weights)
             return found, meter.live_bytes - before
