@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lrcnn_lightning.graph import Node, ValueKind
 from lrcnn_lightning.monitor.meter import MemoryMeter
-from lrcnn_lightning.plan.trial import called, without_data
+from lrcnn_lightning.plan.trial import results_of, without_data
 from lrcnn_lightning.rules import RowGraph
 
 __all__ = ["under_autocast_of"]
@@ -49,14 +49,8 @@ def _dtypes(graph: RowGraph, kind: str, dtype: torch.dtype) -> tuple[dict[int, t
 
     def run(node: Node, weights: Mapping[int, Tensor]) -> None:
         tensors = {index: weights[index] if index in weights else made(index) for index in node.inputs}
-        try:
-            results = called(node, tensors)
-        except Exception:  # it is taken to make what it makes without autocast
-            return
-        results = results if isinstance(results, (list, tuple)) else (results,)
-        for index, result in zip(node.outputs, results, strict=False):
-            if isinstance(result, Tensor) and tuple(result.shape) == tuple(graph.values[index].shape):
-                found[index] = result.dtype
+        for index, result in results_of(node, tensors, graph.values).items():
+            found[index] = result.dtype
 
     with without_data(), MemoryMeter() as meter, torch.no_grad():
         weights = {value.index: made(value.index) for value in graph.values if value.kind is ValueKind.PARAMETER}

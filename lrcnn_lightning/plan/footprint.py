@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lrcnn_lightning.graph import Ref, map_refs
 from lrcnn_lightning.graph.switches import entered
-from lrcnn_lightning.plan.trial import Operand, Trial, called, tried, without_data
+from lrcnn_lightning.plan.trial import Operand, Trial, called, results_of, tried, without_data
 from lrcnn_lightning.rules import Interval, Reduction, Role, RowGraph, RowRule, Tile
 
 __all__ = ["Footprint", "Footprints"]
@@ -228,14 +228,8 @@ class Footprints:
                 value = graph.values[index]
                 given = strides.get(index) or _dense(value.shape, None)
                 tensors[index] = torch.empty_strided(value.shape, given, dtype=value.dtype, device=value.device)
-            try:
-                results = called(node, dict(tensors))
-            except Exception:  # it is taken to be contiguous
-                continue
-            results = results if isinstance(results, (list, tuple)) else (results,)
-            for index, result in zip(node.outputs, results, strict=False):
-                if isinstance(result, Tensor) and tuple(result.shape) == graph.values[index].shape:
-                    strides[index] = tuple(result.stride())
+            for index, result in results_of(node, tensors, graph.values).items():
+                strides[index] = tuple(result.stride())
 
     def _reduction_trial(self, position: int) -> tuple[float, float]:
         """On the full map; what a reduction takes is in proportion to its rows."""

@@ -23,12 +23,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lrcnn_lightning.graph import Node, map_refs
+from lrcnn_lightning.graph import Node, Value, map_refs
 from lrcnn_lightning.graph.switches import entered
 from lrcnn_lightning.graph.tap import tapped
 from lrcnn_lightning.monitor.meter import MemoryMeter
 
-__all__ = ["Autocast", "Operand", "Trial", "called", "tried", "without_data"]
+__all__ = ["Autocast", "Operand", "Trial", "called", "results_of", "tried", "without_data"]
 
 
 class Operand(NamedTuple):
@@ -111,6 +111,23 @@ def called(node: Node, tensors: Mapping[int, Tensor]) -> Any:
     args, kwargs = (map_refs(tree, lambda ref: tensors[ref.index]) for tree in (node.args, node.kwargs))
     with entered(node.context):
         return node.op(*args, **kwargs)
+
+
+def results_of(node: Node, tensors: Mapping[int, Tensor], values: Sequence[Value]) -> dict[int, Tensor]:
+    """What a node makes of tensors without data, by the indices of its outputs: those of the captured shape.
+
+    An operation that does not run without data makes nothing; it is taken to make what was captured.
+    """
+    try:
+        results = called(node, tensors)
+    except Exception:
+        return {}
+    results = results if isinstance(results, (list, tuple)) else (results,)
+    return {
+        index: result
+        for index, result in zip(node.outputs, results, strict=False)
+        if isinstance(result, Tensor) and tuple(result.shape) == tuple(values[index].shape)
+    }
 
 
 class _Source(torch.autograd.Function):
