@@ -29,8 +29,7 @@ from lrcnn_lightning.plan.program import (
     SegmentProgram,
     Sweep,
 )
-from lrcnn_lightning.plan.retained import sum_bytes
-from lrcnn_lightning.plan.work import is_parameter
+from lrcnn_lightning.plan.retained import is_parameter, sum_bytes
 from lrcnn_lightning.rules import RowGraph
 
 __all__ = ["Cost", "program_cost"]

@@ -25,7 +25,7 @@ class Passages:
     """Simulates loops; allocates in ``memory``."""
 
     def __init__(self, graph: RowGraph, differentiable: Collection[int]) -> None:
-        self.graph, self.differentiable = graph, differentiable
+        self.graph = graph
         self.footprints = Footprints.of(graph, differentiable)
         self.memory = Memory()
 

@@ -18,8 +18,9 @@ from lrcnn_lightning.graph.switches import entered
 from lrcnn_lightning.monitor.measure import measure_module
 from lrcnn_lightning.plan.cost import Cost
 from lrcnn_lightning.plan.machine import CPU, Machine
+from lrcnn_lightning.plan.retained import is_parameter
 from lrcnn_lightning.plan.trial import Autocast, without_data
-from lrcnn_lightning.plan.work import Work, is_parameter, is_weight
+from lrcnn_lightning.plan.work import Work, is_weight
 from lrcnn_lightning.rules import Role, RowGraph
 
 __all__ = ["plain_cost"]

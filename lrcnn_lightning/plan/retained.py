@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from lrcnn_lightning.graph import Node, ValueKind
+from lrcnn_lightning.graph import Node
 from lrcnn_lightning.rules import RowGraph
 
-__all__ = ["VIEWS", "bytes_of", "passes_gradient_on", "sum_bytes"]
+__all__ = ["VIEWS", "bytes_of", "is_parameter", "passes_gradient_on", "sum_bytes"]
 
 aten = torch.ops.aten
 
@@ -37,6 +37,11 @@ def passes_gradient_on(node: Node) -> bool:
     return node.op in VIEWS or node.op is aten.add.Tensor
 
 
+def is_parameter(graph: RowGraph, value: int) -> bool:
+    """Whether a value is a parameter or buffer, whose gradient is no activation memory."""
+    return graph.values[value].kind.value in ("parameter", "buffer")
+
+
 def sum_bytes(graph: RowGraph, value: int) -> float:
     """Bytes of activation memory where the gradient of a whole value is summed, which is done in float32 or better.
 
@@ -45,7 +50,7 @@ def sum_bytes(graph: RowGraph, value: int) -> float:
     info = graph.values[value]
     if info.dtype in (torch.float16, torch.bfloat16):
         return 2.0 * info.bytes
-    return 0.0 if info.kind in (ValueKind.PARAMETER, ValueKind.BUFFER) else float(info.bytes)
+    return 0.0 if is_parameter(graph, value) else float(info.bytes)
 
 
 def bytes_of(graph: RowGraph, value: int, rows: int, samples: int) -> float:

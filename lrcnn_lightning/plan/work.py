@@ -15,7 +15,7 @@ from lrcnn_lightning.plan.machine import Machine
 from lrcnn_lightning.plan.retained import VIEWS
 from lrcnn_lightning.rules import RowGraph, RowRule
 
-__all__ = ["Work", "is_large", "is_parameter", "is_weight"]
+__all__ = ["Work", "is_large", "is_weight"]
 
 _SMALL = 4096
 """Elements of biases and scales, at most."""
@@ -103,11 +103,6 @@ class Work:
 def is_product(name: str) -> bool:
     """Whether an operation is a convolution or a matrix product."""
     return any(part in name for part in ("conv", "linear", "matmul", "addmm", "bmm"))
-
-
-def is_parameter(graph: RowGraph, value: int) -> bool:
-    """Whether a value is a parameter or buffer, whose gradient is no activation memory."""
-    return graph.values[value].kind.value in ("parameter", "buffer")
 
 
 def is_weight(graph: RowGraph, value: int) -> bool:
