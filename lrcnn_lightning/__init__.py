@@ -20,6 +20,7 @@ from lrcnn_lightning.errors import (
     PlanError,
     RowwiseError,
 )
+from lrcnn_lightning.graph import elementwise
 from lrcnn_lightning.plan.plan import Plan
 from lrcnn_lightning.rowwise import frontier, plan, restore, rowwise
 
@@ -43,6 +44,7 @@ __all__ = [
     "PlanError",
     "RowConfig",
     "RowwiseError",
+    "elementwise",
     "frontier",
     "plan",
     "restore",

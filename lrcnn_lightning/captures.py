@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrcnn_lightning.graph import Structure, processes, under_autocast
+from lrcnn_lightning.graph import HOOK_TABLES, Structure, computes_weight, processes, under_autocast
 from lrcnn_lightning.rules import RowGraph
 
 __all__ = ["CACHED", "Captures", "device_of", "put_back"]
@@ -82,8 +82,8 @@ def _parts(module: nn.Module) -> Iterator[Any]:
         yield id(child), type(child)
         for tables in (child._parameters, child._buffers):
             yield tuple((name, None if t is None else (t.shape, t.dtype, t.device)) for name, t in tables.items())
-        hooks = (vars(child)[name].items() for name in _HOOKS)
-        yield tuple(k for table in hooks for k, hook in table if child is not module or _computes_weight(hook))
+        hooks = (vars(child)[name].items() for name in HOOK_TABLES)
+        yield tuple(k for table in hooks for k, hook in table if child is not module or computes_weight(hook))
 
 
 def device_of(inputs: Iterable[Any]) -> torch.device:
@@ -101,14 +101,6 @@ def _metadata(leaf: Any) -> Any:
     return leaf
 
 
-def _computes_weight(hook: object) -> bool:
-    """Whether a hook is one of PyTorch's own that compute a weight (old-style weight norm, pruning)."""
-    return type(hook).__module__.startswith("torch.nn.utils.")
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 @contextlib.contextmanager
 def put_back(module: nn.Module, previous: Callable[..., Any] | None) -> Iterator[None]:
     """The module with its own forward and without its own hooks, for the time of the capture.
@@ -119,9 +111,9 @@ def put_back(module: nn.Module, previous: Callable[..., Any] | None) -> Iterator
     present = module.__dict__.pop("forward", None)
     if previous is not None:
         module.__dict__["forward"] = previous
-    hooks = {name: module.__dict__[name] for name in _HOOKS}
+    hooks = {name: module.__dict__[name] for name in HOOK_TABLES}
     for name, table in hooks.items():
-        kept = ((k, hook) for k, hook in table.items() if _computes_weight(hook))
+        kept = ((k, hook) for k, hook in table.items() if computes_weight(hook))
         module.__dict__[name] = OrderedDict(kept)
     try:
         yield

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lrcnn_lightning.engine.rows import run_node
 from lrcnn_lightning.engine.segment import SegmentCall, run_segment
 from lrcnn_lightning.engine.slabs import Prepared
-from lrcnn_lightning.graph import Graph, ValueKind, Write, map_refs
+from lrcnn_lightning.graph import Graph, Value, ValueKind, Write, map_refs, written_argument
 from lrcnn_lightning.plan.plan import Plan
 
 __all__ = ["Execution", "live_tensor", "requires_grad_leaves"]
@@ -25,18 +24,32 @@ def live_tensor(module: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def _given(graph: Graph, module: nn.Module, inputs: Sequence[Any]) -> dict[int, Any]:
-    """The tensors that no node computes."""
-    store: dict[int, Any] = {}
-    for value in graph.values:
-        if value.kind is ValueKind.INPUT:
-            assert isinstance(value.source, int)
-            store[value.index] = inputs[value.source]
-        elif value.kind in (ValueKind.PARAMETER, ValueKind.BUFFER):
-            store[value.index] = live_tensor(module, str(value.source))
-        elif value.kind is ValueKind.CONSTANT:
-            store[value.index] = graph.constants[str(value.source)]
-    return store
+def source_tensor(graph: Graph, module: nn.Module, value: Value, inputs: Sequence[Any]) -> Any:
+    """The tensor that a value is which no node computes, as it is now."""
+    if value.kind is ValueKind.INPUT:
+        assert isinstance(value.source, int)
+        return inputs[value.source]
+    held = graph.constants.get(str(value.source))
+    return live_tensor(module, str(value.source)) if held is None else held
+
+
+def _sources(graph: Graph, module: nn.Module, inputs: Sequence[Any]) -> dict[int, Any]:
+    """The tensors that no node computes, as far as ``inputs`` go."""
+    return {
+        value.index: source_tensor(graph, module, value, inputs)
+        for value in graph.values
+        if value.kind is not ValueKind.COMPUTED and not (value.kind is ValueKind.INPUT and value.source >= len(inputs))
+    }
+
+
+def _prefixed(graph: Graph, module: nn.Module, inputs: Sequence[Any]) -> Sequence[Any]:
+    """Run the prefix of a graph on the inputs of a call; its results stand behind them then."""
+    if not graph.prefix.nodes:
+        return inputs
+    store = _sources(graph, module, inputs)
+    for node in graph.prefix.nodes:
+        store.update(zip(node.outputs, run_node(node, store), strict=True))
+    return [*inputs, *(store[index] for index in graph.prefix.results)]
 
 
 class Execution:
@@ -49,7 +62,7 @@ class Execution:
     def __call__(self, module: nn.Module, inputs: Sequence[Any]) -> Any:
         """Run the plan on the flat inputs of a call; returns what the module would return."""
         plan, graph = self.plan, self.plan.graph
-        store = _given(graph.graph, module, inputs)
+        store = _sources(graph.graph, module, _prefixed(graph.graph, module, inputs))
         for position in plan.prologue:
             node = graph.nodes[position]
             store.update(zip(node.outputs, run_node(node, store), strict=True))
@@ -75,21 +88,21 @@ def _write(module: nn.Module, writes: Sequence[Write], leaves: list[Any]) -> Non
     """Set the attributes that the module's own code would have set."""
     for write in writes:
         owner = module.get_submodule(write.path) if write.path else module
-        setattr(owner, write.name, write.structure.put_together(leaves[: write.structure.size]))
+        value = write.structure.put_together(leaves[: write.structure.size])
+        if write.buffer is not None and write.name not in owner._buffers:
+            owner.register_buffer(write.name, value, persistent=write.buffer)
+        else:
+            setattr(owner, write.name, value)
         leaves = leaves[write.structure.size :]
 
 
 def requires_grad_leaves(graph: Graph, module: nn.Module, inputs: Sequence[Any]) -> frozenset[int]:
-    """Inputs and parameters that require a gradient now."""
-    found = []
-    for value in graph.values:
-        if value.kind is ValueKind.INPUT:
-            assert isinstance(value.source, int)
-            tensor = inputs[value.source]
-        elif value.kind in (ValueKind.PARAMETER, ValueKind.BUFFER):
-            tensor = live_tensor(module, str(value.source))
-        else:
-            continue
-        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-            found.append(value.index)
-    return frozenset(found)
+    """Inputs and live tensors that require a gradient now; those that the prefix writes or computes, after it."""
+    sources = _sources(graph, module, inputs)
+    leaves = {index for index, tensor in sources.items() if tensor.requires_grad}
+    for node in graph.prefix.nodes:
+        if node.context.grad and not leaves.isdisjoint(node.inputs):
+            written = written_argument(node)
+            results = (*node.outputs, *(() if written is None else (written.index,)))
+            leaves.update(index for index in results if graph.values[index].dtype.is_floating_point)
+    return frozenset(index for index in leaves if graph.values[index].kind is not ValueKind.COMPUTED)

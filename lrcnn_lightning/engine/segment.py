@@ -20,6 +20,7 @@ from lrcnn_lightning.engine.maps import Gradients
 from lrcnn_lightning.engine.rows import Carries, RowLoop, run_node
 from lrcnn_lightning.engine.slabs import Prepared
 from lrcnn_lightning.errors import DoubleBackwardError
+from lrcnn_lightning.graph import CustomFunction
 from lrcnn_lightning.plan.program import (
     BackwardRows,
     BackwardWhole,
@@ -213,6 +214,8 @@ def _backward_whole(call: SegmentCall, position: int, store: dict[int, Any], gra
 
 
 def _is_random(operation: Any) -> bool:
+    if isinstance(operation, CustomFunction):
+        return operation.random
     return isinstance(operation, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in operation.tags
 
 

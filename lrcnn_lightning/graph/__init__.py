@@ -4,19 +4,25 @@ The graph is plain data.  It can be printed and tested without a plan or an engi
 """
 
 from lrcnn_lightning.graph.capture import CUMULATIVE, capture, under_autocast
+from lrcnn_lightning.graph.custom_functions import CustomFunction, elementwise, is_elementwise
 from lrcnn_lightning.graph.functional import buffer_values, dependent_values
 from lrcnn_lightning.graph.graph import Context, Graph, Node, Ref, Value, ValueKind, Write, map_refs, references
 from lrcnn_lightning.graph.guards import Guard
+from lrcnn_lightning.graph.hooks import HOOK_TABLES, HookCall, computes_weight
 from lrcnn_lightning.graph.rehearsal import own_error
 from lrcnn_lightning.graph.structure import Structure, take_apart
 from lrcnn_lightning.graph.synchronised import SYNC_BATCH_NORM, processes
+from lrcnn_lightning.graph.views import written_argument
 
 __all__ = [
     "CUMULATIVE",
+    "HOOK_TABLES",
     "SYNC_BATCH_NORM",
     "Context",
+    "CustomFunction",
     "Graph",
     "Guard",
+    "HookCall",
     "Node",
     "Ref",
     "Structure",
@@ -25,11 +31,15 @@ __all__ = [
     "Write",
     "buffer_values",
     "capture",
+    "computes_weight",
     "dependent_values",
+    "elementwise",
+    "is_elementwise",
     "map_refs",
     "own_error",
     "processes",
     "references",
     "take_apart",
     "under_autocast",
+    "written_argument",
 ]

@@ -1,35 +1,32 @@
 """Capture: a module and example inputs -> `Graph`.
 
-``torch.export`` traces the module in its current train/eval state into ATen operations; this file turns the result
-into the package's own data.  Context managers inside the module's code (``no_grad``, ``autocast``) come out as nested
-graphs and are written inline, with the switch noted on each node.  Parameters and buffers are named, never copied.
+The module's own code runs once, in its current train/eval state, on tensors without data (`tracing`), and what it
+calls is read into the package's own data (`recorded`).  Parameters and buffers are named, never copied.
 """
 
 from __future__ import annotations
 
 import contextlib
-import enum
 import inspect
-import io
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 from lrcnn_lightning.errors import CaptureError
-from lrcnn_lightning.graph.exported import Reader, Results
+from lrcnn_lightning.graph.failure import reason
 from lrcnn_lightning.graph.functional import dependent_values, functionalise
 from lrcnn_lightning.graph.graph import Graph, Ref
 from lrcnn_lightning.graph.leaks import Leaks
-from lrcnn_lightning.graph.opaque import refused_gradients
-from lrcnn_lightning.graph.structure import Structure, take_apart
+from lrcnn_lightning.graph.prefix import with_prefix
+from lrcnn_lightning.graph.recorded import read
+from lrcnn_lightning.graph.structure import refuse_unknown, take_apart
 from lrcnn_lightning.graph.synchronised import recorded_sync_batch_norms
+from lrcnn_lightning.graph.tracing import Trace
+from lrcnn_lightning.graph.views import without_aliases
 
 __all__ = ["CUMULATIVE", "capture", "under_autocast"]
 
@@ -48,29 +45,24 @@ def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
     _refuse_sharded(module)
     leaves, structure = take_apart((tuple(args), dict(kwargs or {})))
     tensors = [(place, leaf) for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    devices = [tensor.device for _, tensor in tensors if tensor.is_cuda]
-    _refuse_unknown(leaves, "it takes")
+    refuse_unknown(leaves, "it takes")
     names = _input_names(module, args, kwargs or {})
-    places = [(place, names[place]) for place, _ in tensors]
-    widened = [_is_widened(tensor) for _, tensor in tensors]
     leaks = Leaks()
+    trace = Trace(module, leaves, structure, leaks)
     try:
-        return _captured(module, leaves, structure, places, widened, devices, leaks)
+        recorded = _recorded(trace, [tensor for _, tensor in tensors])
+        graph = read(recorded, trace, [(place, names[place]) for place, _ in tensors])
+        graph = functionalise(with_prefix(without_aliases(graph)))
     finally:
         leaks.undo()
+    _refuse_remembered(graph, trace.memos)
+    return replace(graph, outputs=graph.outputs[: len(graph.outputs) - trace.memos])
 
 
-def _captured(
-    module: nn.Module,
-    leaves: Sequence[Any],
-    structure: Structure,
-    places: Sequence[tuple[int, str]],
-    widened: Sequence[bool],
-    devices: Sequence[torch.device],
-    leaks: Leaks,
-) -> Graph:
-    results = Results(module, leaks)
-    traced = _Around(module) if isinstance(module, GraphModule) else module
+def _recorded(trace: Trace, tensors: Sequence[torch.Tensor]) -> GraphModule:
+    """The trace's operations, recorded without anything around that would change or see them."""
+    devices = [tensor.device for tensor in tensors if tensor.is_cuda]
+    widened = [_is_widened(tensor) for tensor in tensors]
     try:
         with (
             torch.random.fork_rng(devices=devices),
@@ -78,24 +70,15 @@ def _captured(
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(_forgotten, _forgotten),
             torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False) if devices else torch.autocast("cpu", enabled=False),
-            _cumulative_averages(module),
-            recorded_sync_batch_norms(module),
-            _quietly(),
+            torch.autocast("cuda", enabled=False) if devices else contextlib.nullcontext(),
+            _cumulative_averages(trace.module),
+            recorded_sync_batch_norms(trace.module),
         ):
-            tensors = [leaves[place] for place, _ in places]
-            examples = tuple(_example(tensor, wide) for tensor, wide in zip(tensors, widened, strict=True))
-            with _of_tensors_alone(traced, leaves, structure, results):
-                program = torch.export.export(traced, examples, strict=False)
+            return trace.run(widened)
     except (torch.OutOfMemoryError, CaptureError):
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise CaptureError(f"{type(error).__name__}: {reason[0] if reason else 'no message'}") from error
-    prefix = "" if traced is module else "inner"
-    graph = functionalise(Reader(program, places, results, prefix).graph())
-    _refuse_remembered(graph, results.memos)
-    return replace(graph, outputs=graph.outputs[: len(graph.outputs) - results.memos])
+        raise CaptureError(reason(error)) from error
 
 
 def _forgotten(saved: object) -> Any:
@@ -120,63 +103,6 @@ def _input_names(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
     return [name for name, arg in (*named, *kwargs.items()) for _ in take_apart(arg)[0]]
 
 
-_KNOWN = (type(None), bool, int, float, complex, str, bytes, slice, enum.Enum, torch.Tensor, torch.dtype, torch.device)
-
-
-def _refuse_unknown(leaves: Sequence[Any], what: str) -> None:
-    """An object of another kind could hide tensors, which a trace would freeze."""
-    for leaf in leaves:
-        if not isinstance(leaf, _KNOWN):
-            raise CaptureError(
-                f"{what} an object of type {type(leaf).__name__}; allowed are tensors, numbers, strings and None, in "
-                "lists, tuples, dicts, dataclasses and whatever is registered with torch.utils._pytree"
-            )
-
-
-class _Around(nn.Module):
-    """A module around a `GraphModule`, whose graph the trace would run without a look at its ``forward``."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _of_tensors_alone(
-    module: nn.Module, leaves: Sequence[Any], structure: Structure, results: Results
-) -> Iterator[None]:
-    """The module as a function of its tensor arguments that returns a list of tensors: all that a trace has to know.
-
-    Other arguments are as given, and containers of any kind stay outside of it.
-    """
-    own = module.forward
-    present = module.__dict__.get("forward")
-
-    def forward(*tensors: torch.Tensor) -> list[torch.Tensor]:
-        remaining = iter(tensors)
-        filled = [next(remaining) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        args, kwargs = structure.put_together(filled)
-        own_output = contextlib.redirect_stderr(results.stderr)
-        with own_output, results.observation.observed(), results.leaks, refused_gradients():
-            returned = own(*args, **kwargs)
-        results.leaves, results.structure = take_apart(returned)
-        _refuse_unknown(results.leaves, "it returns")
-        results.leaves += [*results.observation.written, *results.observation.memos]
-        results.memos = len(results.observation.memos)
-        return [leaf for leaf in results.leaves if isinstance(leaf, torch.Tensor)]
-
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-        if present is not None:
-            module.__dict__["forward"] = present
-
-
 @contextlib.contextmanager
 def _cumulative_averages(module: nn.Module) -> Iterator[None]:
     """BatchNorm with ``momentum=None`` reads its count of batches in Python, which cannot be traced: for the time of
@@ -194,19 +120,6 @@ def _cumulative_averages(module: nn.Module) -> Iterator[None]:
     finally:
         for child in changed:
             child.momentum = None
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the partial graphs that a failing trace prints to ``stderr``; the error says what is wrong."""
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _refuse_sharded(module: nn.Module) -> None:
@@ -229,22 +142,6 @@ def _is_sharded(parameter: torch.Tensor) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(parameter, DTensor)
-
-
-def _example(tensor: torch.Tensor, widened: bool) -> torch.Tensor:
-    """A stand-in with the metadata of ``tensor`` and no history (the trace reads shapes only).
-
-    The trace runs without autocast, where a map that autocast has made does not fit the module's parameters: it stands
-    in as float32, without data.
-    """
-    if widened:
-        shape, strides, device = tensor.shape, tensor.stride(), tensor.device
-        with detect_fake_mode() or FakeTensorMode(allow_non_fake_inputs=True):
-            made = torch.empty_strided(shape, strides, dtype=torch.float32, device=device)
-        return made.requires_grad_(tensor.requires_grad)
-    if tensor.is_inference():  # the trace refuses these; only their metadata matters
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 def under_autocast(device: torch.device) -> bool:

@@ -16,7 +16,7 @@ written later gets a copy from before.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 
 from lrcnn_lightning.errors import CaptureError
 from lrcnn_lightning.graph.graph import Graph, Node, Ref, ValueKind, map_refs, references
-from lrcnn_lightning.graph.views import write_back
+from lrcnn_lightning.graph.views import base_of, views_of, write_back, written_argument
 
 __all__ = ["buffer_values", "dependent_values", "functionalise"]
 
@@ -59,9 +59,9 @@ def buffer_values(graph: Graph) -> frozenset[int]:
     """Indices of the buffers, and of the views of them: what others may write while a backward pass is to come."""
     view: dict[int, Node] = {}
     for node in graph.nodes:
-        view.update(_views(node, _written_argument(node)))
+        view.update(views_of(node))
     indices = (value.index for value in graph.values)
-    return frozenset(i for i in indices if graph.values[_base(view, i)].kind is ValueKind.BUFFER)
+    return frozenset(i for i in indices if graph.values[base_of(view, i)].kind is ValueKind.BUFFER)
 
 
 def functionalise(graph: Graph) -> Graph:
@@ -102,7 +102,7 @@ class _Functionaliser:
 
     def run(self) -> Graph:
         for position, node in enumerate(self.graph.nodes):
-            written = _written_argument(node)
+            written = written_argument(node)
             depends = any(self._depends(index) for index in node.inputs)
             if depends:
                 for index in node.inputs:
@@ -118,7 +118,7 @@ class _Functionaliser:
             else:
                 self._drop_copy(written.index)
                 self._emit(node)
-            self.view.update(_views(node, written))
+            self.view.update(views_of(node))
         for base, node in self.taken.items():
             args = (Ref(base), self._now(Ref(base)))
             name = f"{node.name}.written"
@@ -202,7 +202,7 @@ class _Functionaliser:
 
     def _base(self, index: int) -> int:
         """What a view, or a view of a view, looks into."""
-        return _base(self.view, index)
+        return base_of(self.view, index)
 
     def _written(self, index: int, origin: Node) -> None:
         """The value holds the result of ``origin`` now; so does the memory behind it, and other views of that."""
@@ -248,12 +248,6 @@ def _without_unread(graph: Graph) -> Graph:
     return replace(graph, nodes=tuple(reversed(nodes)))
 
 
-def _base(view: Mapping[int, Node], index: int) -> int:
-    while index in view:
-        index = view[index].args[0].index
-    return index
-
-
 def _last_writes(graph: Graph) -> dict[int, float]:
     """Value -> position of the last node that writes its memory in place. A buffer that takes a value from the data is
     written at the end; other memory that does becomes a value of its own.
@@ -262,38 +256,20 @@ def _last_writes(graph: Graph) -> dict[int, float]:
     dependent = {value.index for value in graph.inputs}
     found: dict[int, float] = {}
     for position, node in enumerate(graph.nodes):
-        written = _written_argument(node)
-        depends = any(index in dependent or _base(view, index) in dependent for index in node.inputs)
+        written = written_argument(node)
+        depends = any(index in dependent or base_of(view, index) in dependent for index in node.inputs)
         if depends:
             dependent.update(node.outputs)
         if written is not None:
-            base = _base(view, written.index)
+            base = base_of(view, written.index)
             if not depends:
                 found[base] = position
             elif graph.values[base].kind in _LIVE:
                 found[base] = math.inf
             if depends:
                 dependent.add(base)
-        view.update(_views(node, written))
+        view.update(views_of(node))
     return found
-
-
-def _views(node: Node, written: Ref | None) -> dict[int, Node]:
-    """The outputs of a node that are views, and how they were made. What an operation that writes returns is the
-    memory that it has written, once more.
-    """
-    if written is None:
-        return dict.fromkeys(node.outputs, node) if _is_view(node) else {}
-    if not node.outputs or node.op._schema.returns[0].alias_info is None:
-        return {}
-    return {node.outputs[0]: replace(node, op=aten.alias.default, args=(written,), kwargs={})}
-
-
-def _is_view(node: Node) -> bool:
-    """Whether the outputs of a node may share the memory of its first argument."""
-    if not isinstance(node.op, torch._ops.OpOverload) or not node.args or not isinstance(node.args[0], Ref):
-        return False
-    return node.op._schema.arguments[0].alias_info is not None and not node.op._schema.is_mutable
 
 
 def _without_data(graph: Graph, node: Node) -> Node:
@@ -308,17 +284,6 @@ def _without_data(graph: Graph, node: Node) -> Node:
         args += (node.args[_FILLED[node.op]],)
     kwargs = {"dtype": value.dtype, "device": value.device}
     return replace(node, op=factory, args=args, kwargs=kwargs)
-
-
-def _written_argument(node: Node) -> Ref | None:
-    if not isinstance(node.op, torch._ops.OpOverload) or not node.op._schema.is_mutable:
-        return None
-    by_position = zip(node.op._schema.arguments, node.args, strict=False)
-    by_name = ((argument, node.kwargs.get(argument.name)) for argument in node.op._schema.arguments)
-    for argument, given in (*by_position, *by_name):
-        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(given, Ref):
-            return given
-    return None
 
 
 def _functional(node: Node) -> Node:

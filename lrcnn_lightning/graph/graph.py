@@ -23,7 +23,7 @@ import torch
 from lrcnn_lightning.graph.guards import Guards
 from lrcnn_lightning.graph.structure import Structure
 
-__all__ = ["Context", "Graph", "Node", "Ref", "Value", "ValueKind", "Write", "map_refs", "references"]
+__all__ = ["Context", "Graph", "Node", "Prefix", "Ref", "Value", "ValueKind", "Write", "map_refs", "references"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class ValueKind(enum.Enum):
 class Value:
     """One tensor of the graph, as the capture saw it.
 
-    ``source`` is the parameter's or buffer's qualified name, the position among the flat user inputs, or the key of a
-    constant.  ``dtype`` is that of execution without autocast; under autocast the engine follows the tensors it gets.
+    ``source`` is the qualified name of a parameter, a buffer or a tensor that is an attribute, the position among the
+    flat user inputs, or the key of a tensor in ``Graph.constants``.  ``dtype`` is that of execution without autocast; under autocast the engine follows the tensors it gets.
     """
 
     index: int
@@ -110,11 +110,26 @@ class Node:
 
 @dataclass(frozen=True)
 class Write:
-    """An attribute that the module's code sets: the submodule's path, its name, and how its value is nested."""
+    """An attribute that the module's code sets: the submodule's path, its name, and how its value is nested.
+
+    ``buffer``: it is a buffer, persistent or not; None for an ordinary attribute.
+    """
 
     path: str
     name: str
     structure: Structure
+    buffer: bool | None = None
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Nodes that run before all others, as they were written, on the caller's tensors (`prefix`).
+
+    ``results`` are the values they compute that the graph reads. There these are inputs, behind the flat arguments.
+    """
+
+    nodes: tuple[Node, ...] = ()
+    results: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,6 +148,9 @@ class Graph:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     writes: tuple[Write, ...] = ()
     guards: Guards = field(default=Guards(), repr=False, compare=False)
+    arguments: int = 0
+    """The number of flat arguments of a call."""
+    prefix: Prefix = Prefix()
 
     @property
     def inputs(self) -> tuple[Value, ...]:

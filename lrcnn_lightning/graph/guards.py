@@ -20,7 +20,7 @@ from torch import nn
 
 from lrcnn_lightning.errors import CaptureError
 
-__all__ = ["PLAIN", "Guard", "Guards", "compared"]
+__all__ = ["PLAIN", "Alike", "Guard", "Guards", "compared"]
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 """Types whose values are compared by themselves."""
@@ -30,8 +30,21 @@ _MOST = 1000
 _MISSING = object()
 
 
+class Alike(NamedTuple):
+    """What is compared of a tensor that each call reads as it is then."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Alike:
+        """The metadata of a tensor."""
+        return cls(tensor.shape, tensor.dtype, tensor.device)
+
+
 class Guard(NamedTuple):
-    """An attribute of a module, and what it was (as `compared`)."""
+    """An attribute of a module, and what it was (as `compared`, or `Alike` for a tensor that is read by its name)."""
 
     module: nn.Module
     name: str
@@ -41,6 +54,8 @@ class Guard(NamedTuple):
     def holds(self) -> bool:
         """Whether the attribute is what it was."""
         value = getattr(self.module, self.name, _MISSING)
+        if isinstance(self.value, Alike):
+            return isinstance(value, torch.Tensor) and Alike.of(value) == self.value
         if type(value) in PLAIN:
             return type(value) is self.value[0] and (value == self.value[1] or value != value)
         try:

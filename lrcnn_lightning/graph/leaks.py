@@ -11,25 +11,31 @@ import gc
 import weakref
 from typing import Any
 
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from lrcnn_lightning.graph.fake import is_fake
 
 __all__ = ["Leaks"]
 
 
 class Leaks(TorchFunctionMode):
-    """Notes the tensors that are made while the module's code is traced."""
+    """Notes the tensors that are made while the module's code runs on tensors without data."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._made: list[weakref.ref[FakeTensor]] = []
+        self._made: list[weakref.ref[Tensor]] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for item in result if isinstance(result, (tuple, list)) else (result,):
-            if type(item) is FakeTensor:
-                self._made.append(weakref.ref(item))
+            self.note(item)
         return result
+
+    def note(self, item: Any) -> None:
+        """Note what may be a tensor without data."""
+        if is_fake(item):
+            self._made.append(weakref.ref(item))
 
     def undo(self) -> None:
         """Take those that are still alive out of the caches, dictionaries and lists that hold them.

@@ -1,8 +1,9 @@
 """What a module's Python code does beside tensor operations, observed while it is traced.
 
     reads        attributes of modules that are no parameters or buffers   ->  guards of the graph
-    writes       attributes that the code sets                             ->  set again by every call
-    and refused  containers it changes in place, random numbers of Python and NumPy
+    writes       attributes and buffers that the code sets                 ->  set again by every call
+    and refused  containers it changes in place, parameters and submodules that it sets, random numbers of Python and
+                 NumPy
 
 A trace keeps none of it: the code runs once, and later calls run its operations only.
 """
@@ -18,13 +19,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from lrcnn_lightning.errors import CaptureError
+from lrcnn_lightning.graph.fake import is_fake
 from lrcnn_lightning.graph.graph import Write
-from lrcnn_lightning.graph.guards import PLAIN, Guard, Guards, compared
-from lrcnn_lightning.graph.state import MISSING, PythonState, is_machinery, same_items
-from lrcnn_lightning.graph.structure import take_apart
+from lrcnn_lightning.graph.guards import Alike, Guard, Guards, compared
+from lrcnn_lightning.graph.live import LiveTensors
+from lrcnn_lightning.graph.state import MISSING, TABLES, PythonState, is_machinery, same_items
+from lrcnn_lightning.graph.structure import CONSTANTS, take_apart
 
 __all__ = ["Observation"]
 
@@ -34,6 +36,7 @@ class Observation:
     """One run of a module's code."""
 
     module: nn.Module
+    live: LiveTensors
     reads: dict[tuple[int, str], Guard] = field(default_factory=dict)
     held: list[Any] = field(default_factory=list)
     writes: list[Write] = field(default_factory=list)
@@ -59,6 +62,7 @@ class Observation:
             with self._recorded_reads(state):
                 yield
             self._find_writes(paths, state)
+            self._find_registrations(paths, state)
             self._find_changes(paths, state)
             drawn = state.drawn()
             if drawn:
@@ -107,6 +111,9 @@ class Observation:
         written = name in present and state.attributes.get(module, present).get(name, MISSING) is not value
         if written or (id(module), name) in self.reads:
             return
+        if isinstance(value, torch.Tensor) and self.live.place(value) is not None:
+            self.reads[id(module), name] = Guard(module, name, Alike.of(value))
+            return
         try:
             self.reads[id(module), name] = Guard(module, name, compared(value, self.held))
         except CaptureError as error:
@@ -121,36 +128,59 @@ class Observation:
         for child, path in paths.items():
             for name, value in vars(child).items():
                 before = state.attributes[child].get(name, MISSING)
-                if is_machinery(name) or before is value:
-                    continue
-                leaves, structure = take_apart(value)
-                unknown = [leaf for leaf in leaves if not isinstance(leaf, (*PLAIN, torch.Tensor))]
-                if unknown:
-                    raise CaptureError(
-                        f"its forward sets {_named(path, name)} to something of type {type(unknown[0]).__name__}; "
-                        "allowed are tensors, numbers and strings, and containers of them"
-                    )
-                fakes = [leaf for leaf in leaves if isinstance(leaf, FakeTensor)]
-                if fakes and before is None and (id(child), name) in self.reads:
-                    self.memos += fakes  # computed because it was None: to be there in the next call
-                    continue
-                self.writes.append(Write(path, name, structure))
-                self.written += leaves
+                if not is_machinery(name) and self.live.original(value) is not before:
+                    self._write(path, name, value)
+
+    def _find_registrations(self, paths: dict[nn.Module, str], state: PythonState) -> None:
+        """Buffers that the code sets or registers. Parameters and submodules are not made anew by a graph."""
+        for child, path in paths.items():
+            unsaved = vars(child)["_non_persistent_buffers_set"]
+            for table in TABLES:
+                before, present = state.tables[child][table], vars(child)[table]
+                for name in {*before, *present}:
+                    value = present.get(name, MISSING)
+                    if self.live.original(value) is before.get(name, MISSING):
+                        continue
+                    if table != "_buffers" or value is MISSING:
+                        raise CaptureError(
+                            f"its forward sets {_named(path, name)}, one of its {table[1:]}, which a captured graph would "
+                            "not do again; do so outside of it"
+                        )
+                    self._write(path, name, value, buffer=name not in unsaved)
+
+    def _write(self, path: str, name: str, value: Any, buffer: bool | None = None) -> None:
+        leaves, structure = take_apart(value)
+        unknown = [leaf for leaf in leaves if not isinstance(leaf, (*CONSTANTS, torch.Tensor))]
+        if unknown:
+            raise CaptureError(
+                f"its forward sets {_named(path, name)} to something of type {type(unknown[0]).__name__}; "
+                "allowed are tensors, numbers and strings, and containers of them"
+            )
+        self.writes.append(Write(path, name, structure, buffer))
+        self.written += leaves
 
     def _find_changes(self, paths: dict[nn.Module, str], state: PythonState) -> None:
+        """Containers that the code changes. One that it has set anew is a write, and the one before is as it was."""
         for (child, name), content in state.contents.items():
-            present: Any = vars(child).get(name)
-            if type(present) is not type(content) or same_items(present, content):
+            container: Any = state.attributes[child][name]
+            present = self._originals(container)
+            if same_items(present, content):
                 continue
             new: list[Any] = []
             if isinstance(present, dict):
                 new = [value for key, value in present.items() if key not in content or content[key] is not value]
-            if not new or not all(isinstance(value, FakeTensor) for value in new):
+            if not new or not all(map(is_fake, new)):
                 raise CaptureError(
                     f"its forward changes the {type(content).__name__} {_named(paths[child], name)}, which a captured "
                     "graph would not do again; return what is put there, or do so outside of the module"
                 )
             self.memos += new
+
+    def _originals(self, container: Any) -> Any:
+        """The items of a container, with live tensors in the place of their stand-ins."""
+        if isinstance(container, dict):
+            return {key: self.live.original(value) for key, value in container.items()}
+        return type(container)(map(self.live.original, container))
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -11,12 +11,15 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["MISSING", "PythonState", "is_machinery", "same_items"]
+__all__ = ["MISSING", "TABLES", "PythonState", "is_machinery", "same_items"]
 
 MISSING = object()
 """Stands for an attribute that is not there."""
 _MACHINERY = frozenset(vars(nn.Module())) - {"training"} | {"forward", "_compiled_call_impl", "call_super_init"}
 _CONTAINERS = (list, dict, set)
+TABLES = ("_parameters", "_buffers", "_modules")
+"""The attributes in which a module keeps what is registered."""
+_UNSAVED = "_non_persistent_buffers_set"
 
 
 def is_machinery(name: str) -> bool:
@@ -36,6 +39,9 @@ class PythonState:
             if type(value) in _CONTAINERS and not is_machinery(name)
         }
         """What was in the containers among the attributes."""
+        self.tables = {child: {name: dict(vars(child)[name]) for name in TABLES} for child in self.attributes}
+        """The parameters, buffers and submodules of each module."""
+        self._unsaved = {child: set(vars(child)[_UNSAVED]) for child in self.attributes}
         self._random = _random_states()
 
     def drawn(self) -> list[str]:
@@ -52,6 +58,10 @@ class PythonState:
             vars(child).update(table)
         for (child, name), content in self.contents.items():
             _refill(self.attributes[child][name], content)
+        for child, tables in self.tables.items():
+            for name, content in tables.items():
+                _refill(vars(child)[name], content)
+            _refill(vars(child)[_UNSAVED], self._unsaved[child])
         _set_random_states(self._random)
 
 

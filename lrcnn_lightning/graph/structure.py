@@ -7,13 +7,23 @@ every dataclass, which users need not register anywhere.
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-__all__ = ["Structure", "take_apart"]
+from lrcnn_lightning.errors import CaptureError
+
+__all__ = ["CONSTANTS", "Structure", "refuse_unknown", "take_apart"]
+
+CONSTANTS = (
+    *(type(None), bool, int, float, complex, str, bytes, slice, range, enum.Enum),
+    *(torch.dtype, torch.device, torch.Size, torch.memory_format),
+)
+"""Types of leaves, beside tensors, that never change and have no tensor inside."""
 
 
 @dataclass(frozen=True)
@@ -61,3 +71,13 @@ def _record(kind: type, fields: dict[str, Any]) -> Any:
     for name, value in fields.items():
         object.__setattr__(instance, name, value)
     return instance
+
+
+def refuse_unknown(leaves: Sequence[Any], what: str) -> None:
+    """Raise `CaptureError` for an object of another kind, which could hide tensors: a trace would freeze them."""
+    for leaf in leaves:
+        if not isinstance(leaf, (*CONSTANTS, torch.Tensor)):
+            raise CaptureError(
+                f"{what} an object of type {type(leaf).__name__}; allowed are tensors, numbers, strings and None, in "
+                "lists, tuples, dicts, dataclasses and whatever is registered with torch.utils._pytree"
+            )

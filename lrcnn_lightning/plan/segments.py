@@ -8,11 +8,12 @@ frozen prefix, of which nothing is differentiated, is a segment of its own that 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from lrcnn_lightning.graph import HookCall
 from lrcnn_lightning.rules import Role, RowGraph
 
 __all__ = ["Stretch", "cut_points", "differentiable_values", "segment_borders", "stretches"]
@@ -44,7 +45,8 @@ def differentiable_values(graph: RowGraph, leaves: Collection[int]) -> set[int]:
                 dtype = graph.values[output].dtype
                 if dtype.is_floating_point or dtype.is_complex:
                     found.add(output)
-    reached = found.intersection(graph.graph.output_values())
+    escaping = {index for node in graph.nodes if isinstance(node.op, HookCall) for index in node.inputs}
+    reached = found.intersection({*graph.graph.output_values(), *escaping})
     for node in reversed(graph.nodes):
         if any(output in reached for output in node.outputs):
             reached.update(index for index in node.inputs if index in found)
@@ -71,13 +73,17 @@ def stretches(graph: RowGraph, differentiable: Collection[int], training: bool) 
     if training:
         while start < len(middle) and not any(o in differentiable for o in graph.nodes[middle[start]].outputs):
             start += 1
-        if start:
-            result.append(Stretch(tuple(middle[:start]), "frozen"))
-    if start < len(middle):
-        result.append(Stretch(tuple(middle[start:]), "rows" if training else "frozen"))
+    result.extend(_between_hooks(graph, middle[:start], "frozen"))
+    result.extend(_between_hooks(graph, middle[start:], "rows" if training else "frozen"))
     if after:
         result.append(Stretch(after, "plain"))
     return result
+
+
+def _between_hooks(graph: RowGraph, nodes: Sequence[int], kind: str) -> Iterator[Stretch]:
+    """Stretches of a kind, and hooks, which run under ordinary autograd."""
+    for hooks, run in itertools.groupby(nodes, key=lambda p: isinstance(graph.nodes[p].op, HookCall)):
+        yield Stretch(tuple(run), "plain" if hooks else kind)
 
 
 def segment_borders(graph: RowGraph, nodes: Sequence[int], count: int, rows: int) -> list[tuple[int, ...]]:

@@ -93,6 +93,8 @@ def pointwise(scope: Scope) -> RowRule | None:
     if row is None or any(references(scope.node.kwargs)):
         return None
     samples = 0 if batch is None or lacking_batch else output.shape[batch]
+    if any(scope.values[other].shape != output.shape for other in scope.node.outputs):
+        return None
     out = Axes(row, None if lacking_batch else batch)
     return Pointwise(scope.node.op, rank, output.shape[row], samples, tuple(whole), (out,) * len(scope.node.outputs))
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lrcnn_lightning.graph import Node, Ref, Value, references
+from lrcnn_lightning.graph import CustomFunction, Node, Ref, Value, is_elementwise, references
 
 __all__ = [
     "Axes",
@@ -228,7 +228,11 @@ def registered() -> dict[Any, str]:
 
 
 def find_factory(operation: Any) -> Factory | None:
-    """The factory for an operation. Every ATen overload tagged pointwise has the pointwise one."""
+    """The factory for an operation. Every ATen overload tagged pointwise has the pointwise one, as has every function
+    with a backward of its own that is declared to act element by element.
+    """
+    if isinstance(operation, CustomFunction):
+        return _REGISTRY["pointwise"][1] if is_elementwise(operation.function) and not operation.random else None
     if operation in _REGISTRY:
         return _REGISTRY[operation][1]
     if isinstance(operation, torch._ops.OpOverload) and torch.Tag.pointwise in operation.tags:

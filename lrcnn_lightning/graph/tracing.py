@@ -1,0 +1,214 @@
+"""A trace: a module's own code, run once on stand-ins, and every operation of it recorded.
+
+    arguments      stand-ins from the start                       placeholders
+    live tensors   stand-ins once an operation takes them (`live`)  attributes of the trace, one each
+    operations     as the code calls them, before autograd takes them apart, with the switches that are set in between
+
+Nothing is computed and nothing changes; what the code does beside tensor operations is noted by `Observation`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+from lrcnn_lightning.errors import CaptureError
+from lrcnn_lightning.graph.custom_functions import recorded_functions
+from lrcnn_lightning.graph.hooks import recorded_hooks
+from lrcnn_lightning.graph.leaks import Leaks
+from lrcnn_lightning.graph.live import LiveTensor, LiveTensors, stand_in
+from lrcnn_lightning.graph.observation import Observation
+from lrcnn_lightning.graph.structure import Structure, refuse_unknown, take_apart
+
+__all__ = ["MODULE", "Trace"]
+
+MODULE = "lrcnn_module"
+"""The key in the ``meta`` of a recorded node of the path of the submodule whose code called it."""
+
+
+class Trace:
+    """One run of a module's code on stand-ins for ``leaves``, the flat arguments nested in ``structure``.
+
+    After `run`: ``leaves`` and ``structure`` are those of what the module returned, with the leaves of attributes that
+    it sets behind, and then ``memos`` tensors that it remembers.
+    """
+
+    def __init__(self, module: nn.Module, leaves: Sequence[Any], structure: Structure, leaks: Leaks) -> None:
+        self.module, self._leaks = module, leaks
+        self._arguments, self._nesting = leaves, structure
+        self.arguments = len(leaves)
+        self.mode = detect_fake_mode() or FakeTensorMode(allow_non_fake_inputs=True)
+        self.live = LiveTensors(module, self.mode, self._introduce)
+        self.observation = Observation(module, self.live)
+        self.attributes: dict[str, LiveTensor] = {}
+        """Live tensors by the name of their attribute of the trace."""
+        self.leaves: list[Any] = []
+        self.structure = structure
+        self.memos = 0
+        self._paths = {child: path for path, child in module.named_modules()}
+        self._stderr = sys.stderr
+
+    def run(self, widened: Sequence[bool]) -> GraphModule:
+        """The operations as recorded. ``widened``: which of the tensors are taken as float32."""
+        tensors = [leaf for leaf in self._arguments if isinstance(leaf, Tensor)]
+        with _quietly(), self.mode:
+            examples = [
+                stand_in(tensor, self.mode, torch.float32 if wide else None)
+                for tensor, wide in zip(tensors, widened, strict=True)
+            ]
+            recorded = make_fx(self._code, pre_dispatch=True, _allow_non_fake_inputs=True)(*examples)
+        kept = [live for live in self.live if live.fake.requires_grad != live.tensor.requires_grad]
+        if kept:
+            raise CaptureError(
+                f"its forward writes a value with a gradient into {kept[0].source!r}, which keeps it for later calls; "
+                "write what is detached, or do so under torch.no_grad()"
+            )
+        return recorded
+
+    def _code(self, *tensors: Tensor) -> list[Tensor]:
+        """The module as a function of its tensor arguments that returns a list of tensors.
+
+        Other arguments are as given, and containers of any kind stay outside of the trace.
+        """
+        remaining = iter(tensors)
+        filled = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self._arguments]
+        args, kwargs = self._nesting.put_together(filled)
+        with (
+            contextlib.redirect_stderr(self._stderr),
+            self.observation.observed(),
+            recorded_hooks(self.module),
+            self._paths_noted(),
+            _Watch(self.live, self._leaks),
+            recorded_functions(self.live.replaced),
+        ):
+            returned = self.module(*args, **kwargs)
+        self.leaves, self.structure = take_apart(returned)
+        refuse_unknown(self.leaves, "it returns")
+        self.leaves += [*self.observation.written, *self.observation.memos]
+        self.memos = len(self.observation.memos)
+        return [self.live.replaced(leaf) for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    def _introduce(self, live: LiveTensor) -> None:
+        """Make the stand-in of a live tensor an attribute of the trace."""
+        mode = get_proxy_mode()
+        assert mode is not None
+        name = f"live_{len(self.attributes)}"
+        self.attributes[name] = live
+        setattr(mode.tracer.root, name, live.fake)
+        proxy = mode.tracer.create_proxy("get_attr", name, (), {})
+        track_tensor_tree(live.fake, proxy, constant=None, tracer=mode.tracer)
+        self._leaks.note(live.fake)
+
+    @contextlib.contextmanager
+    def _paths_noted(self) -> Iterator[None]:
+        """Note on each recorded node which submodule's code it comes from."""
+        mode = get_proxy_mode()
+        assert mode is not None
+        nodes = mode.tracer.graph.nodes
+        thread, stack = threading.get_ident(), [""]
+        last = next(iter(reversed(nodes)))
+
+        def note() -> None:
+            nonlocal last
+            while last.next.op != "root":
+                last = last.next
+                last.meta[MODULE] = stack[-1]
+
+        def enter(module: nn.Module, args: Any) -> None:
+            if threading.get_ident() == thread:
+                note()
+                stack.append(self._paths.get(module, stack[-1]))
+
+        def leave(module: nn.Module, args: Any, result: Any) -> None:
+            if threading.get_ident() == thread:
+                note()
+                stack.pop()
+
+        handles = (
+            register_module_forward_pre_hook(enter),
+            register_module_forward_hook(leave, always_call=True),
+        )
+        try:
+            yield
+            note()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+_REFUSED: dict[Any, str] = {
+    torch.Tensor.register_hook: "calls register_hook() on a tensor",
+    torch.Tensor.retain_grad: "calls retain_grad() on a tensor",
+    torch.Tensor.register_post_accumulate_grad_hook: "calls register_post_accumulate_grad_hook() on a tensor",
+    torch.Tensor.requires_grad_: "calls requires_grad_() on a tensor",
+    torch.Tensor.backward: "calls backward()",
+    torch.autograd.grad: "calls torch.autograd.grad()",
+    torch.autograd.backward: "calls torch.autograd.backward()",
+    torch.Tensor.requires_grad.__set__: "sets requires_grad of a tensor",  # type: ignore[attr-defined]
+    torch.Tensor.grad.__get__: "reads the gradient of a tensor",  # type: ignore[attr-defined]
+    torch.Tensor.grad.__set__: "sets the gradient of a tensor",  # type: ignore[attr-defined]
+}
+_DATA, _SET_DATA = torch.Tensor.data.__get__, torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_VIEWS = {getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")} | {_DATA}
+"""Properties that are tensors themselves; of the others a live tensor is asked itself."""
+
+
+class _Watch(TorchFunctionMode):
+    """Sees every operation that the code calls, before it is recorded."""
+
+    def __init__(self, live: LiveTensors, leaks: Leaks) -> None:
+        super().__init__()
+        self._live, self._leaks = live, leaks
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in _REFUSED:
+            if (
+                function is torch.Tensor.requires_grad_
+                and args[0].requires_grad == (*args[1:], *kwargs.values(), True)[0]
+            ):
+                return args[0]
+            raise CaptureError(f"its forward {_REFUSED[function]}, which a captured graph would not do again")
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise CaptureError("its forward uses a transform of torch.func (vmap, grad, jvp, ...)")
+        if getattr(function, "__name__", "") == "__get__" and function not in _VIEWS:
+            return function(*args, **kwargs)
+        args, kwargs = self._live.replaced(args), self._live.replaced(kwargs)
+        if function == _DATA:
+            function = torch.Tensor.detach  # the same memory, and like an operation it is recorded
+        elif function == _SET_DATA:
+            return _set_data(*args)
+        result = function(*args, **kwargs)
+        for item in result if isinstance(result, (tuple, list)) else (result,):
+            self._leaks.note(item)
+        return result
+
+
+def _set_data(tensor: Tensor, value: Tensor) -> None:
+    """``tensor.data = value``, where the value fits: what the tensor holds is another value from now on."""
+    if (tensor.shape, tensor.dtype, tensor.device) != (value.shape, value.dtype, value.device):
+        raise CaptureError(
+            f"its forward sets the data of a tensor of shape {list(tensor.shape)} to one of shape {list(value.shape)}"
+        )
+    with torch.no_grad():
+        tensor.copy_(value)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what a failing trace prints to ``stderr``; the error says what is wrong."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
