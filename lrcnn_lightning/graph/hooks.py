@@ -29,7 +29,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_
 from torch.utils.hooks import BackwardHook
 
 from lrcnn_lightning.errors import CaptureError
-from lrcnn_lightning.graph.fake import is_fake
+from lrcnn_lightning.fake import is_fake
 from lrcnn_lightning.graph.structure import CONSTANTS, Structure, take_apart
 
 __all__ = ["HOOK_TABLES", "HookCall", "computes_weight", "recorded_hooks"]

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lrcnn_lightning.graph.fake import is_fake
+from lrcnn_lightning.fake import is_fake
 
 __all__ = ["Leaks"]
 

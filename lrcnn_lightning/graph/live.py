@@ -22,10 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-from lrcnn_lightning.graph.fake import is_fake
+from lrcnn_lightning.fake import FakeTensorMode, is_fake
 from lrcnn_lightning.graph.graph import ValueKind
 from lrcnn_lightning.graph.state import is_machinery
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from lrcnn_lightning.errors import CaptureError
-from lrcnn_lightning.graph.fake import is_fake
+from lrcnn_lightning.fake import is_fake
 from lrcnn_lightning.graph.graph import Write
 from lrcnn_lightning.graph.guards import Alike, Guard, Guards, compared
 from lrcnn_lightning.graph.live import LiveTensors

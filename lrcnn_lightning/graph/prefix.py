@@ -11,6 +11,7 @@ What the caller sees of its tensors afterwards, and the gradients that go throug
 from __future__ import annotations
 
 from dataclasses import replace
+
 from lrcnn_lightning.graph.graph import Graph, Node, Prefix, ValueKind, references
 from lrcnn_lightning.graph.views import base_of, views_of, written_argument
 

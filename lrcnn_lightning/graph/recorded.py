@@ -16,8 +16,8 @@ from torch.fx import Node as FxNode
 
 from lrcnn_lightning.errors import CaptureError
 from lrcnn_lightning.graph.custom_functions import CustomFunction
-from lrcnn_lightning.graph.hooks import HookCall
 from lrcnn_lightning.graph.graph import Context, Graph, Node, Ref, Value, ValueKind
+from lrcnn_lightning.graph.hooks import HookCall
 from lrcnn_lightning.graph.tracing import MODULE, Trace
 from lrcnn_lightning.graph.views import base_of, views_of, written_argument
 

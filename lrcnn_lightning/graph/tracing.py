@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from lrcnn_lightning.errors import CaptureError
+from lrcnn_lightning.fake import current_mode, new_mode
 from lrcnn_lightning.graph.custom_functions import recorded_functions
 from lrcnn_lightning.graph.hooks import recorded_hooks
 from lrcnn_lightning.graph.leaks import Leaks
@@ -50,7 +49,7 @@ class Trace:
         self.module, self._leaks = module, leaks
         self._arguments, self._nesting = leaves, structure
         self.arguments = len(leaves)
-        self.mode = detect_fake_mode() or FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode = current_mode() or new_mode()
         self.live = LiveTensors(module, self.mode, self._introduce)
         self.observation = Observation(module, self.live)
         self.attributes: dict[str, LiveTensor] = {}
