@@ -51,7 +51,8 @@ class Value:
     """One tensor of the graph, as the capture saw it.
 
     ``source`` is the qualified name of a parameter, a buffer or a tensor that is an attribute, the position among the
-    flat user inputs, or the key of a tensor in ``Graph.constants``.  ``dtype`` is that of execution without autocast; under autocast the engine follows the tensors it gets.
+    flat user inputs, or the key of a tensor in ``Graph.constants``.  ``dtype`` is that of execution without autocast;
+    under autocast the engine follows the tensors it gets.
     """
 
     index: int

@@ -8,8 +8,8 @@
     z = layer2(y)                                   y' = leave(h', y)        forward hooks; backward hooks
                                                     z  = layer2(y')
 
-``enter`` and ``leave`` run whole, under ordinary autograd and once a step, so that a hook may look at a map, keep it for
-a loss, return another one, or register a hook on the tensor.  What they read and return is kept.
+``enter`` and ``leave`` run whole, under ordinary autograd and once a step, so that a hook may look at a map, keep it
+for a loss, return another one, or register a hook on the tensor.  What they read and return is kept.
 """
 
 from __future__ import annotations

@@ -143,8 +143,8 @@ class Observation:
                         continue
                     if table != "_buffers" or value is MISSING:
                         raise CaptureError(
-                            f"its forward sets {_named(path, name)}, one of its {table[1:]}, which a captured graph would "
-                            "not do again; do so outside of it"
+                            f"its forward sets {_named(path, name)}, one of its {table[1:]}, which a captured graph "
+                            "would not do again; do so outside of it"
                         )
                     self._write(path, name, value, buffer=name not in unsaved)
 

@@ -93,8 +93,8 @@ class _Reader:
                     )
                 if value.kind is not ValueKind.COMPUTED and value.source in others:
                     raise CaptureError(
-                        f"{node.op} at {node.module or 'the top'} changes a tensor of shape {list(value.shape)} that is "
-                        "not part of the module, which a captured graph would not look up again; make it a buffer"
+                        f"{node.op} at {node.module or 'the top'} changes a tensor of shape {list(value.shape)} that "
+                        "is not part of the module, which a captured graph would not look up again; make it a buffer"
                     )
             view.update(views_of(node))
 
@@ -150,7 +150,7 @@ class _Reader:
                 raise CaptureError(f"{name} at {module or 'the top'} returns something that is no tensor")
         else:
             raise CaptureError(
-                f"{name} at {module or 'the top'} turns a tensor into a Python value, so the control flow depends on data"
+                f"{name} at {module or 'the top'} turns a tensor into a Python value, so what follows depends on data"
             )
         self.nodes.append(Node(node.name, node.target, _plain(args), _plain(kwargs), outputs, module, self.context))
         return result
