@@ -29,7 +29,8 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_
 from torch.utils.hooks import BackwardHook
 
 from lrcnn_lightning.errors import CaptureError
-from lrcnn_lightning.fake import is_fake
+from lrcnn_lightning.fake import current_mode, is_fake
+from lrcnn_lightning.graph.live import stand_in
 from lrcnn_lightning.graph.structure import CONSTANTS, Structure, take_apart
 
 __all__ = ["HOOK_TABLES", "HookCall", "computes_weight", "recorded_hooks"]
@@ -199,21 +200,16 @@ def _record(
     taken = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and (arguments or place >= first)]
     constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
     call = kind(module, path, at_exit, constants, structure, tuple(taken), tuple(results), calls)
-    mode = get_proxy_mode()
-    assert mode is not None
+    mode, fake_mode = get_proxy_mode(), current_mode()
+    assert mode is not None and fake_mode is not None
     with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
-        fresh = tuple(_like(leaves[place]) for place in results)
+        fresh = tuple(stand_in(leaves[place], fake_mode) for place in results)
     operands = tuple(mode.tracer.unwrap_proxy(leaves[place]) for place in taken)
     proxy = mode.tracer.create_proxy("call_function", call, operands, {})
     track_tensor_tree(fresh, proxy, constant=None, tracer=mode.tracer)
     for place, tensor in zip(results, fresh, strict=True):
         leaves[place] = tensor
     return structure.put_together(leaves)
-
-
-def _like(tensor: Tensor) -> Tensor:
-    fresh = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    return fresh.requires_grad_().view_as(fresh) if tensor.requires_grad else fresh
 
 
 def _reads_arguments(hook: Callable[..., Any]) -> bool:

@@ -25,6 +25,7 @@ class Leaks(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._made: list[weakref.ref[Tensor]] = []
+        self._standing_in: list[tuple[Tensor, Tensor]] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -37,19 +38,30 @@ class Leaks(TorchFunctionMode):
         if is_fake(item):
             self._made.append(weakref.ref(item))
 
+    def note_stand_in(self, fake: Tensor, tensor: Tensor) -> None:
+        """Note a tensor without data that the code has in the place of another."""
+        self._standing_in.append((fake, tensor))
+
     def undo(self) -> None:
-        """Take those that are still alive out of the caches, dictionaries and lists that hold them.
+        """Take those that are still alive out of the caches, dictionaries and lists that hold them; what others stand
+        in for takes its place again.
 
         What else may hold one belongs to the trace, which is over.
         """
-        alive = {id(tensor): tensor for made in self._made if (tensor := made()) is not None}
-        for holder in gc.get_referrers(*alive.values()) if alive else ():
-            if holder is alive:
+        originals = {id(fake): tensor for fake, tensor in self._standing_in}
+        made = (reference() for reference in self._made)
+        alive = {id(tensor): tensor for tensor in made if tensor is not None and id(tensor) not in originals}
+        fakes = [*alive.values(), *(fake for fake, _ in self._standing_in)]
+        for holder in gc.get_referrers(*fakes) if fakes else ():
+            if holder is alive or holder is fakes:
                 continue
             if hasattr(holder, "cache_clear"):
                 holder.cache_clear()
             elif type(holder) is dict:
-                for key in [key for key, value in holder.items() if id(value) in alive]:
-                    del holder[key]
+                for key, value in list(holder.items()):
+                    if id(value) in originals:
+                        holder[key] = originals[id(value)]
+                    elif id(value) in alive:
+                        del holder[key]
             elif type(holder) is list:
-                holder[:] = [item for item in holder if id(item) not in alive]
+                holder[:] = [originals.get(id(item), item) for item in holder if id(item) not in alive]

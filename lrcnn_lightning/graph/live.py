@@ -40,10 +40,11 @@ def stand_in(tensor: Tensor, mode: FakeTensorMode, dtype: torch.dtype | None = N
         with mode:
             return mode.from_tensor(tensor, static_shapes=True)
     with mode, torch.enable_grad():
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype or tensor.dtype, device=tensor.device)
-        if tensor.requires_grad:
-            fake.requires_grad_()
-        return fake if tensor.is_leaf else fake.view_as(fake)
+        kind = {"dtype": dtype or tensor.dtype, "device": tensor.device}
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), **kind)
+        if tensor.requires_grad and not tensor.is_leaf:
+            return fake.copy_(torch.empty_strided(tensor.shape, tensor.stride(), **kind, requires_grad=True))
+        return fake.requires_grad_(tensor.requires_grad)
 
 
 @dataclass(frozen=True)

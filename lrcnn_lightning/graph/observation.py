@@ -37,6 +37,8 @@ class Observation:
 
     module: nn.Module
     live: LiveTensors
+    recorder: nn.Module | None = None
+    """What the trace itself keeps its attributes on."""
     reads: dict[tuple[int, str], Guard] = field(default_factory=dict)
     held: list[Any] = field(default_factory=list)
     writes: list[Write] = field(default_factory=list)
@@ -109,7 +111,7 @@ class Observation:
         """Note what an attribute was before the code ran, unless the code itself has set it."""
         present = vars(module)
         written = name in present and state.attributes.get(module, present).get(name, MISSING) is not value
-        if written or (id(module), name) in self.reads:
+        if written or (id(module), name) in self.reads or module is self.recorder:
             return
         if isinstance(value, torch.Tensor) and self.live.place(value) is not None:
             self.reads[id(module), name] = Guard(module, name, Alike.of(value))

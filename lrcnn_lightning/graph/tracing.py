@@ -85,6 +85,9 @@ class Trace:
         remaining = iter(tensors)
         filled = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self._arguments]
         args, kwargs = self._nesting.put_together(filled)
+        mode = get_proxy_mode()
+        assert mode is not None
+        self.observation.recorder = mode.tracer.root
         with (
             contextlib.redirect_stderr(self._stderr),
             self.observation.observed(),
@@ -109,7 +112,7 @@ class Trace:
         setattr(mode.tracer.root, name, live.fake)
         proxy = mode.tracer.create_proxy("get_attr", name, (), {})
         track_tensor_tree(live.fake, proxy, constant=None, tracer=mode.tracer)
-        self._leaks.note(live.fake)
+        self._leaks.note_stand_in(live.fake, live.tensor)
 
     @contextlib.contextmanager
     def _paths_noted(self) -> Iterator[None]:
