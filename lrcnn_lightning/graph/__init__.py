@@ -4,6 +4,7 @@ The graph is plain data.  It can be printed and tested without a plan or an engi
 """
 
 from lrcnn_lightning.graph.capture import CUMULATIVE, capture, under_autocast
+from lrcnn_lightning.graph.draws import DrawOrder, draws
 from lrcnn_lightning.graph.functional import buffer_values, dependent_values
 from lrcnn_lightning.graph.graph import Context, Graph, Node, Ref, Value, ValueKind, Write, map_refs, references
 from lrcnn_lightning.graph.guards import Guard
@@ -15,6 +16,7 @@ __all__ = [
     "CUMULATIVE",
     "SYNC_BATCH_NORM",
     "Context",
+    "DrawOrder",
     "Graph",
     "Guard",
     "Node",
@@ -26,6 +28,7 @@ __all__ = [
     "buffer_values",
     "capture",
     "dependent_values",
+    "draws",
     "map_refs",
     "own_error",
     "processes",

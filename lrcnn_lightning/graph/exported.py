@@ -104,7 +104,7 @@ class Reader:
                 raise CaptureError(f"the shape of {name!r} depends on data: {tuple(fake.shape)}")
             shape.append(size)
         index = len(self.values)
-        self.values.append(Value(index, name, tuple(shape), fake.dtype, fake.device, kind, source))
+        self.values.append(Value(index, name, tuple(shape), fake.dtype, fake.device, kind, source, fake.stride()))
         return Ref(index)
 
     def _inline(self, module: GraphModule, environment: dict[FxNode, Any], context: Context, path: str) -> Any:

@@ -52,6 +52,7 @@ class Value:
 
     ``source`` is the parameter's or buffer's qualified name, the position among the flat user inputs, or the key of a
     constant.  ``dtype`` is that of execution without autocast; under autocast the engine follows the tensors it gets.
+    ``strides`` are those that the module's own code gives it; ``None`` for values that its code does not have.
     """
 
     index: int
@@ -61,6 +62,7 @@ class Value:
     device: torch.device
     kind: ValueKind = ValueKind.COMPUTED
     source: str | int | None = None
+    strides: tuple[int, ...] | None = None
 
     @cached_property
     def elements(self) -> int:

@@ -89,6 +89,8 @@ class Operator:
     function: Callable[..., Any]
     effect: bool = False
     """Whether it does something beside its results."""
+    draws: bool = False
+    """Whether it takes random numbers."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
