@@ -1,7 +1,7 @@
 """The graphs of a module: which of them serves a call, and what they depend on.
 
-A graph depends on the shapes of the tensors, on the arguments that are no tensors, on what the module is made of, and
-on what its code read of Python (`graph.guards`).
+A graph depends on the shapes and layouts of the tensors, on the arguments that are no tensors, on what the module is
+made of, and on what its code read of Python (`graph.guards`).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _parts(module: nn.Module) -> Iterator[Any]:
     for child in module.modules():
         yield id(child), type(child)
         for tables in (child._parameters, child._buffers):
-            yield tuple((name, None if t is None else (t.shape, t.dtype, t.device)) for name, t in tables.items())
+            yield tuple((name, None if t is None else _metadata(t)) for name, t in tables.items())
         hooks = (vars(child)[name].items() for name in HOOK_TABLES)
         yield tuple(k for table in hooks for k, hook in table if child is not module or computes_weight(hook))
 
@@ -93,12 +93,19 @@ def device_of(inputs: Iterable[Any]) -> torch.device:
 def _metadata(leaf: Any) -> Any:
     """What capture depends on, of one argument."""
     if isinstance(leaf, torch.Tensor):
-        return tuple(leaf.shape), leaf.dtype, leaf.device
+        return tuple(leaf.shape), leaf.dtype, leaf.device, _is_channels_last(leaf)
     try:
         hash(leaf)
     except TypeError:
         return repr(leaf)
     return leaf
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    """Whether convolutions take a tensor for one in that layout, and give their results the same."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    known = tensor.dim() in formats and not tensor.is_contiguous()
+    return known and tensor.is_contiguous(memory_format=formats[tensor.dim()])
 
 
 @contextlib.contextmanager

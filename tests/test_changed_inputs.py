@@ -16,7 +16,9 @@ from tests.twins import twins, walk
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.c = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1))
+        self.c = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1)
+        )
         self.scale = nn.Parameter(torch.full((3, 1, 1), 1.5))
         self.register_buffer("mean", torch.full((3, 1, 1), 0.25, dtype=torch.float64))
 

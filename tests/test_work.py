@@ -6,13 +6,19 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrcnn_lightning
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
-from lrcnn_lightning.plan.plan import Choices, build_plan
+from lrcnn_lightning.plan.machine import CPU
+from lrcnn_lightning.plan.plan import Choices, build_plan, carried_nodes
+from lrcnn_lightning.plan.work import PRODUCTS, Work
+from lrcnn_lightning.rules import family_of, registered
+from tests.networks import Call
 from tests.oracle import row_graph
 
 aten = torch.ops.aten
@@ -104,3 +110,59 @@ def test_frozen_layers_cost_no_backward() -> None:
     counted = _count(lrcnn_lightning.rowwise(net, mode="two_phase", rows=4), IMAGES)
     assert counted.calls["forward"] == 3 * 4 + 2 * 4
     assert counted.calls["backward"] == 2 * 4
+
+
+C, MATRIX = 4, torch.randn(4, 6)
+PRICED: dict[str, tuple[nn.Module, int]] = {
+    "conv2d": (nn.Conv2d(C, 6, 3, padding=1, groups=2), 2 * 8 * 8 * 6 * 2 * 9),
+    "conv_transpose2d": (nn.ConvTranspose2d(C, 6, 2, 2), 2 * 8 * 8 * C * 6 * 4),
+    "linear": (Call(lambda x, linear: linear(x.movedim(1, -1)), linear=nn.Linear(C, 6)), 2 * 8 * 8 * C * 6),
+    "matmul": (Call(lambda x: x.movedim(1, -1) @ MATRIX), 2 * 8 * 8 * C * 6),
+    "einsum": (Call(lambda x: torch.einsum("nchw,cd->ndhw", x, MATRIX)), 2 * 8 * 8 * C * 6),
+    "bmm": (Call(lambda x: torch.bmm(x.flatten(2), x.flatten(2).mT)), 2 * C * C * 64),
+    "addmm": (Call(lambda x: torch.addmm(x.mean(), x.flatten(1), x.flatten(1).t())), 2 * 2 * C * 64),
+    "attention": (
+        Call(lambda x: functional.scaled_dot_product_attention(*[x.flatten(2).mT[None]] * 3)),
+        2 * 2 * 64 * 64 * C,
+    ),
+    # Their names have the word "linear" in them, and they were priced as matrix products.
+    "upsample_bilinear2d": (nn.Upsample(scale_factor=2, mode="bilinear"), 0),
+    "upsample_linear1d": (Call(lambda x: functional.interpolate(x.flatten(2), scale_factor=2.0, mode="linear")), 0),
+    "relu": (nn.ReLU(), 0),
+}
+
+
+@pytest.mark.parametrize("name", PRICED)
+def test_multiplications_are_those_of_products(name: str) -> None:
+    module, expected = PRICED[name]
+    graph = row_graph(module, [torch.randn(2, C, 8, 8)])
+    work = Work(graph, CPU, 0.0)
+    counts = {str(node.op): work.operations(position) / 2 for position, node in enumerate(graph.nodes)}
+    assert sum(counts.values()) == expected
+    (mine,) = (op for op in counts if name in op)
+    assert counts[mine] == expected
+
+
+def test_a_bilinear_resize_takes_the_time_of_the_bytes_that_it_moves() -> None:
+    graph = row_graph(nn.Upsample(scale_factor=2, mode="bilinear"), [torch.randn(2, C, 8, 8)])
+    moved = 4 * (2 * C * 8 * 8 + 2 * C * 16 * 16)
+    assert Work(graph, CPU, 0.0).forward(0) == pytest.approx(moved / CPU.pooled_bytes_a_second)
+
+
+def test_products_are_of_two_families() -> None:
+    for operation, family in registered().items():
+        assert (operation in PRODUCTS) == (family in ("convolution", "contraction")), operation
+    assert {family_of(operation) for operation in PRODUCTS} == {"convolution", "contraction", None}
+
+
+def test_halos_of_products_are_carried() -> None:
+    """One of ``matmul`` was computed again, row by row, while that of ``linear`` was carried."""
+    layers = {"first": nn.Conv2d(3, C, 3, padding=1), "linear": nn.Linear(C, C), "last": nn.Conv2d(6, 3, 3, padding=1)}
+    net = Call(
+        lambda x, first, linear, last: last(torch.relu(linear(first(x).movedim(1, -1)) @ MATRIX).movedim(-1, 1)),
+        **layers,
+    )
+    graph = row_graph(net, [IMAGES])
+    carried = {str(graph.nodes[position].op) for position in carried_nodes(graph, "two_phase")}
+    assert carried == {"aten.conv2d.default", "aten.linear.default", "aten.matmul.default"}
+    assert not carried_nodes(graph, "overlap")

@@ -42,9 +42,7 @@ def twins(make: Callable[[], ModuleType], **options: Any) -> tuple[ModuleType, M
     return plain, lrcnn_lightning.rowwise(ours, **options)
 
 
-def walk(
-    plain: nn.Module, ours: nn.Module, step: Step = squares, steps: int = 3, by_rows: bool = True
-) -> None:
+def walk(plain: nn.Module, ours: nn.Module, step: Step = squares, steps: int = 3, by_rows: bool = True) -> None:
     """Lead both through ``steps`` steps; results, gradients, buffers, attributes and random states must agree."""
     for number in range(steps):
         shown = []
@@ -55,7 +53,9 @@ def walk(
                 warnings.simplefilter("ignore")
                 x = image(number)
                 result = step(module, x)
-            shown.append({**dict(_named("result", result)), **dict(_shown(module)), "image": x.detach(), "random": torch.rand(3)})
+            shown.append(
+                {**dict(_named("result", result)), **dict(_shown(module)), "image": x.detach(), "random": torch.rand(3)}
+            )
         _compare(*shown, f"step {number}")
         if by_rows:
             assert ours.forward.plan is not None and ours.forward.plan.mode != "plain"

@@ -20,7 +20,7 @@ from lrcnn_lightning.engine.maps import Gradients
 from lrcnn_lightning.engine.rows import Carries, RowLoop, run_node
 from lrcnn_lightning.engine.slabs import Prepared
 from lrcnn_lightning.errors import DoubleBackwardError
-from lrcnn_lightning.graph import CustomFunction
+from lrcnn_lightning.graph import draws
 from lrcnn_lightning.plan.program import (
     BackwardRows,
     BackwardWhole,
@@ -135,7 +135,7 @@ def _run_forward(call: SegmentCall, store: dict[int, Any], training: bool) -> di
                 carries[step.loop.name] = kept
         elif isinstance(step, (RunWhole, Effect)):
             node = graph.nodes[step.node]
-            if training and _is_random(node.op):
+            if training and draws(node):
                 call.random[step.node] = _random_state(store, node.inputs)
             store.update(zip(node.outputs, run_node(node, store), strict=True))
         elif isinstance(step, Free):
@@ -211,12 +211,6 @@ def _backward_whole(call: SegmentCall, position: int, store: dict[int, Any], gra
     for index, gradient in zip(wanted, found, strict=True):
         if gradient is not None:
             gradients.add(index, gradient)
-
-
-def _is_random(operation: Any) -> bool:
-    if isinstance(operation, CustomFunction):
-        return operation.random
-    return isinstance(operation, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in operation.tags
 
 
 def _random_state(store: dict[int, Any], inputs: tuple[int, ...]) -> Any:

@@ -5,6 +5,7 @@ The graph is plain data.  It can be printed and tested without a plan or an engi
 
 from lrcnn_lightning.graph.capture import CUMULATIVE, capture, under_autocast
 from lrcnn_lightning.graph.custom_functions import CustomFunction, elementwise, is_elementwise
+from lrcnn_lightning.graph.draws import DrawOrder, draws
 from lrcnn_lightning.graph.functional import buffer_values, dependent_values
 from lrcnn_lightning.graph.graph import Context, Graph, Node, Ref, Value, ValueKind, Write, map_refs, references
 from lrcnn_lightning.graph.guards import Guard
@@ -20,6 +21,7 @@ __all__ = [
     "SYNC_BATCH_NORM",
     "Context",
     "CustomFunction",
+    "DrawOrder",
     "Graph",
     "Guard",
     "HookCall",
@@ -33,6 +35,7 @@ __all__ = [
     "capture",
     "computes_weight",
     "dependent_values",
+    "draws",
     "elementwise",
     "is_elementwise",
     "map_refs",

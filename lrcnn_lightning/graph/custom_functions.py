@@ -83,7 +83,7 @@ class CustomFunction:
     tensors: tuple[int, ...]
     written: tuple[int, ...]
     """Of the tensors: those that the function changes in place. It is given copies."""
-    random: bool
+    draws: bool
     """Whether it draws random numbers."""
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -8,8 +8,9 @@ data is treated alike, and written once, at the end:
                                         b(y - now);  ema.copy_(now)
 
 What does not depend on the input's data (parameters, buffers, random masks) is computed once a step, in order, before
-all rows. Writes among it stay as they were written, on the live tensors, so ``num_batches_tracked.add_(1)`` and the
-power iteration of spectral norm do what they do in plain training. Whoever depends on the data and reads memory that is
+all rows; random numbers that are drawn after others for which the data were read depend on the data, too (`draws`).
+Writes among it stay as they were written, on the live tensors, so ``num_batches_tracked.add_(1)`` and the power
+iteration of spectral norm do what they do in plain training. Whoever depends on the data and reads memory that is
 written later gets a copy from before.
 """
 
@@ -23,7 +24,8 @@ from typing import Any
 import torch
 
 from lrcnn_lightning.errors import CaptureError
-from lrcnn_lightning.graph.graph import Graph, Node, Ref, ValueKind, map_refs, references
+from lrcnn_lightning.graph.draws import DrawOrder
+from lrcnn_lightning.graph.graph import Graph, Node, Ref, Value, ValueKind, map_refs, references
 from lrcnn_lightning.graph.views import base_of, views_of, write_back, written_argument
 
 __all__ = ["buffer_values", "dependent_values", "functionalise"]
@@ -44,13 +46,26 @@ _METADATA_ONLY: dict[Any, Any] = {
     aten.new_full.default: aten.full.default,
 }
 _FILLED = {aten.full_like.default: 1, aten.new_full.default: 2}
+# How each of the other factories fills what it makes.
+_FILL_IN_PLACE: dict[Any, tuple[Any, ...]] = {
+    aten.zeros.default: (aten.zero_.default,),
+    aten.ones.default: (aten.fill_.Scalar, 1),
+    aten.rand.default: (aten.uniform_.default,),
+    aten.randn.default: (aten.normal_.default,),
+}
+
+# Operations that fill with random numbers, and what is called otherwise than its name says.
+_FILLS: dict[Any, Any] = {
+    aten.bernoulli_.float: aten.bernoulli.p,
+    aten.normal_.default: aten.normal_functional.default,
+}
 
 
 def dependent_values(graph: Graph) -> set[int]:
     """Indices of the values that depend on the data of a user input."""
-    dependent = {value.index for value in graph.inputs}
+    dependent, order = {value.index for value in graph.inputs}, DrawOrder()
     for node in graph.nodes:
-        if any(index in dependent for index in node.inputs):
+        if order.waits(node, not dependent.isdisjoint(node.inputs)):
             dependent.update(node.outputs)
     return dependent
 
@@ -69,8 +84,9 @@ def functionalise(graph: Graph) -> Graph:
 
     Where a view is written, so is the memory behind it (`views`). Raises `CaptureError` where that cannot be followed.
     """
-    graph = replace(graph, nodes=tuple(_without_data(graph, node) for node in graph.nodes))
-    return _Functionaliser(graph).run()
+    values = list(graph.values)
+    nodes = [made for node in graph.nodes for made in _without_data(values, node)]
+    return _Functionaliser(replace(graph, values=tuple(values), nodes=tuple(nodes))).run()
 
 
 _LIVE = (ValueKind.BUFFER, ValueKind.PARAMETER)
@@ -101,10 +117,12 @@ class _Functionaliser:
         self.last_writes = _last_writes(graph)
 
     def run(self) -> Graph:
+        order = DrawOrder()
         for position, node in enumerate(self.graph.nodes):
             written = written_argument(node)
-            depends = any(self._depends(index) for index in node.inputs)
+            depends = order.waits(node, any(self._depends(index) for index in node.inputs))
             if depends:
+                self.dependent.update(node.outputs)
                 for index in node.inputs:
                     self._copy_before(index, position)
             if written is None:
@@ -253,11 +271,12 @@ def _last_writes(graph: Graph) -> dict[int, float]:
     written at the end; other memory that does becomes a value of its own.
     """
     view: dict[int, Node] = {}
-    dependent = {value.index for value in graph.inputs}
+    dependent, order = {value.index for value in graph.inputs}, DrawOrder()
     found: dict[int, float] = {}
     for position, node in enumerate(graph.nodes):
         written = written_argument(node)
-        depends = any(index in dependent or base_of(view, index) in dependent for index in node.inputs)
+        reads = any(index in dependent or base_of(view, index) in dependent for index in node.inputs)
+        depends = order.waits(node, reads)
         if depends:
             dependent.update(node.outputs)
         if written is not None:
@@ -272,22 +291,38 @@ def _last_writes(graph: Graph) -> dict[int, float]:
     return found
 
 
-def _without_data(graph: Graph, node: Node) -> Node:
-    """``empty_like(x)`` and its kin as factories that no longer mention ``x``."""
+def _without_data(values: list[Value], node: Node) -> list[Node]:
+    """``empty_like(x)`` and its kin as factories that no longer mention ``x``.
+
+    Random numbers go to elements as these lie in memory, so what is not contiguous is made so, and then filled.
+    """
     factory = _METADATA_ONLY.get(node.op)
     if factory is None:
-        return node
+        return [node]
     (output,) = node.outputs
-    value = graph.values[output]
+    value = values[output]
     args: tuple[Any, ...] = (list(value.shape),)
-    if node.op in _FILLED:
-        args += (node.args[_FILLED[node.op]],)
     kwargs = {"dtype": value.dtype, "device": value.device}
-    return replace(node, op=factory, args=args, kwargs=kwargs)
+    if value.strides is None or torch.empty(value.shape, device="meta").stride() == value.strides:
+        args += (node.args[_FILLED[node.op]],) if node.op in _FILLED else ()
+        return [replace(node, op=factory, args=args, kwargs=kwargs)]
+    args += (list(value.strides),)
+    if factory is aten.empty.memory_format:
+        return [replace(node, op=aten.empty_strided.default, args=args, kwargs=kwargs)]
+    empty = replace(value, index=len(values))
+    values.append(empty)
+    fill, *filling = _FILL_IN_PLACE.get(factory) or (aten.fill_.Scalar, node.args[_FILLED[node.op]])
+    name = f"{node.name}.empty"
+    return [
+        replace(node, name=name, op=aten.empty_strided.default, args=args, kwargs=kwargs, outputs=(empty.index,)),
+        replace(node, op=fill, args=(Ref(empty.index), *filling), kwargs={}),
+    ]
 
 
 def _functional(node: Node) -> Node:
     """The functional overload of an in-place operation, with the same arguments."""
+    if node.op in _FILLS:
+        return replace(node, op=_FILLS[node.op], in_place=True)
     name = node.op._schema.name.split("::")[1]
     packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
     overload = None if packet is None else getattr(packet, node.op._overloadname, None)

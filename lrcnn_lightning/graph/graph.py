@@ -53,6 +53,7 @@ class Value:
     ``source`` is the qualified name of a parameter, a buffer or a tensor that is an attribute, the position among the
     flat user inputs, or the key of a tensor in ``Graph.constants``.  ``dtype`` is that of execution without autocast;
     under autocast the engine follows the tensors it gets.
+    ``strides`` are those that the module's own code gives it; ``None`` for values that its code does not have.
     """
 
     index: int
@@ -62,6 +63,7 @@ class Value:
     device: torch.device
     kind: ValueKind = ValueKind.COMPUTED
     source: str | int | None = None
+    strides: tuple[int, ...] | None = None
 
     @cached_property
     def elements(self) -> int:

@@ -102,7 +102,8 @@ class _Reader:
         if not all(isinstance(size, int) for size in fake.shape):
             raise CaptureError(f"the shape of {name!r} depends on data: {tuple(fake.shape)}")
         index = len(self.values)
-        self.values.append(Value(index, name, tuple(fake.shape), fake.dtype, fake.device, kind, source))
+        value = Value(index, name, tuple(fake.shape), fake.dtype, fake.device, kind, source, fake.stride())
+        self.values.append(value)
         return Ref(index)
 
     def _attribute(self, node: FxNode) -> Ref:

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from lrcnn_lightning.graph import draws
 from lrcnn_lightning.plan.groups import groups
 from lrcnn_lightning.plan.loop import BackwardPass, Loop, closure, make_loop
 from lrcnn_lightning.plan.memo import Memo
@@ -154,10 +155,11 @@ class ProgramBuilder:
         """Per value: the level whose loop makes it (maps), or before which it is there (whole values). Per node too.
 
         Effects keep their order, whatever they wait for: a module that is called twice updates its statistics twice.
+        So do draws of random numbers, which a generator gives in the order in which they are asked for.
         """
         value_level: dict[int, int] = {}
         node_level: dict[int, int] = {}
-        effects = 0
+        effects = drawn = 0
         for position in self.nodes:
             node, role = self.graph.nodes[position], self.graph.roles[position]
             levels = [0]
@@ -170,6 +172,8 @@ class ProgramBuilder:
             level = max(levels)
             if not node.outputs:
                 level = effects = max(level, effects)
+            if draws(node):
+                level = drawn = max(level, drawn)
             node_level[position] = level
             for output in node.outputs:
                 value_level[output] = level + (role is Role.REDUCE)

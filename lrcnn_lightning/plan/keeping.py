@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, get_args
 
+from lrcnn_lightning.graph import draws
 from lrcnn_lightning.plan.residency import KEEP, LEAN, STREAM, TRANSIENT, Residencies, Residency
 from lrcnn_lightning.rules import Role, RowGraph
 
@@ -78,14 +79,19 @@ def _levels(graph: RowGraph, nodes: Sequence[int]) -> dict[int, int]:
     """How many barriers of the segment lie before each node."""
     value_level: dict[int, int] = {}
     node_level: dict[int, int] = {}
+    drawn = 0
     for position in nodes:
         node, role = graph.nodes[position], graph.roles[position]
         level = max((value_level.get(i, 0) for i in node.inputs), default=0)
+        if draws(node):
+            level = drawn = max(level, drawn)
         reads_rows = any(graph.is_map(i) and i in value_level for i in node.inputs)
         node_level[position] = level
         barrier = role is Role.REDUCE or (role is Role.WHOLE and reads_rows)
         for output in node.outputs:
             value_level[output] = level + barrier
+        if barrier and draws(node):
+            drawn += 1
     return node_level
 
 

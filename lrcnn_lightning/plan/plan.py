@@ -21,7 +21,7 @@ from lrcnn_lightning.plan.program import RunRows, SegmentProgram
 from lrcnn_lightning.plan.residency import Residency
 from lrcnn_lightning.plan.room import with_room
 from lrcnn_lightning.plan.segments import differentiable_values, segment_borders, stretches
-from lrcnn_lightning.rules import Interval, Role, RowGraph, RowRule
+from lrcnn_lightning.rules import Interval, Role, RowGraph, family_of
 
 if TYPE_CHECKING:
     from lrcnn_lightning.plan.notes import Note
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Choices", "Heights", "Part", "Plan", "build_plan", "carried_nodes", "plain_plan"]
 
+
+_DEAR = ("contraction", "convolution", "pooling", "resize")
+"""Families of operations that do more than read and write each element once or so."""
 
 Heights = Literal["even", "balanced"]
 """Of the rows: all alike, or such that all need the same memory (`loop.balanced_cuts`)."""
@@ -192,18 +195,15 @@ class Plan:
 
 
 def carried_nodes(graph: RowGraph, mode: str) -> frozenset[int]:
-    """The nodes whose halo is carried. Under ``two_phase`` all but those that a pointwise step makes from one map:
-    computing a few rows of them again is cheaper than storing them, since their input is carried.
+    """The nodes whose halo is carried. Under ``two_phase`` all that read several maps, and those that are dear:
+    computing a few rows of any other again is cheaper than storing them, since their input is carried.
     """
     if mode == "overlap":
         return frozenset()
     carried = set()
-    for position, rule in enumerate(graph.rules):
-        if graph.roles[position] is not Role.ROW or not isinstance(rule, RowRule):
-            continue
-        maps = graph.maps_read[position]
-        cheap = rule.family in ("pointwise", "normalisation") and type(rule).hollow is RowRule.hollow
-        if not (cheap and len(maps) == 1):
+    for position, role in enumerate(graph.roles):
+        dear = family_of(graph.nodes[position].op) in _DEAR
+        if role is Role.ROW and (dear or len(graph.maps_read[position]) > 1):
             carried.add(position)
     return frozenset(carried)
 
@@ -228,10 +228,10 @@ def build_plan(
         memo.differentiable[wanted] = differentiable_values(graph, wanted)
     differentiable = memo.differentiable[wanted] if training else set()
     training = training and any(
-        graph.is_map(o) or graph.roles[p] is not Role.PROLOGUE
-        for p, node in enumerate(graph.nodes)
-        for o in node.outputs
-        if o in differentiable and graph.roles[p] is not Role.PROLOGUE
+        output in differentiable
+        for node, role in zip(graph.nodes, graph.roles, strict=True)
+        for output in node.outputs
+        if role is not Role.PROLOGUE
     )
     carried: dict[str, frozenset[int]] = {}
     chunks = _chunks(graph, choices.batch_chunks)

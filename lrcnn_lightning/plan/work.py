@@ -8,17 +8,22 @@ rows cost.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-from lrcnn_lightning.graph import Value
+import torch
+
+from lrcnn_lightning.graph import Node, Value
 from lrcnn_lightning.plan.machine import Machine
 from lrcnn_lightning.plan.retained import VIEWS
-from lrcnn_lightning.rules import RowGraph, RowRule
+from lrcnn_lightning.rules import Role, RowGraph, family_of
 
-__all__ = ["Work", "is_large", "is_weight"]
+__all__ = ["PRODUCTS", "Work", "is_weight"]
 
-_SMALL = 4096
-"""Elements of biases and scales, at most."""
+aten = torch.ops.aten
+
+Values = Sequence[Value]
 
 
 class _Price(NamedTuple):
@@ -67,16 +72,16 @@ class Work:
 
     def _priced(self, position: int) -> _Price:
         machine, graph = self.machine, self.graph
-        node, rule = graph.nodes[position], graph.rules[position]
+        node, role = graph.nodes[position], graph.roles[position]
         if node.op in VIEWS:
             return _Price(0.0, 0.0, 0.0)
         made = float(sum(graph.values[o].bytes for o in node.outputs))
-        whole = [i for i in node.inputs if not graph.is_map(i)]
-        maps = made + sum(graph.values[i].bytes for i in node.inputs if graph.is_map(i))
-        weights = float(sum(graph.values[i].bytes for i in whole))
-        if is_product(str(node.op)):
+        read = [i for i in node.inputs if graph.is_map(i) or (role is Role.WHOLE and i in graph.dependent)]
+        maps = made + sum(graph.values[i].bytes for i in read)
+        weights = float(sum(graph.values[i].bytes for i in node.inputs if i not in read))
+        if node.op in PRODUCTS:
             speed = machine.convolved_bytes_a_second
-        elif isinstance(rule, RowRule) and rule.family in ("window", "resize"):
+        elif role is not Role.REDUCE and family_of(node.op) in ("pooling", "resize"):
             speed = machine.pooled_bytes_a_second
         else:
             speed = machine.bytes_a_second
@@ -86,30 +91,73 @@ class Work:
     def operations(self, position: int) -> float:
         """Multiplications and additions of a convolution or matrix product on full maps, forward."""
         node = self.graph.nodes[position]
-        name = str(node.op)
-        if not node.outputs or not is_product(name):
-            return 0.0
-        out = self.graph.values[node.outputs[0]]
-        if "conv" in name:
-            weight: Value = self.graph.values[node.args[1].index]
-            if "transpose" in name:
-                source: Value = self.graph.values[node.args[0].index]
-                return 2.0 * source.elements * weight.elements / weight.shape[0]
-            return 2.0 * out.elements * weight.elements / max(weight.shape[0], 1)
-        features: int = self.graph.values[node.args[0].index].shape[-1]
-        return 2.0 * out.elements * features
+        count = PRODUCTS.get(node.op)
+        return 0.0 if count is None else 2.0 * count(self.graph.values, node)
 
 
-def is_product(name: str) -> bool:
-    """Whether an operation is a convolution or a matrix product."""
-    return any(part in name for part in ("conv", "linear", "matmul", "addmm", "bmm"))
+def _operand(values: Values, node: Node, number: int) -> Value:
+    value: Value = values[node.args[number].index]
+    return value
+
+
+def _convolution(values: Values, node: Node) -> float:
+    """Every element of the result is a sum over one filter."""
+    weight = _operand(values, node, 1)
+    return values[node.outputs[0]].elements * weight.elements / max(weight.shape[0], 1)
+
+
+def _transposed(values: Values, node: Node) -> float:
+    """Every element of the input is multiplied by one filter."""
+    weight = _operand(values, node, 1)
+    return _operand(values, node, 0).elements * weight.elements / max(weight.shape[0], 1)
+
+
+def _matrix(values: Values, node: Node, first: int = 0) -> float:
+    """``first``: which argument is the left factor."""
+    return values[node.outputs[0]].elements * _operand(values, node, first).shape[-1]
+
+
+def _sum_and_matrix(values: Values, node: Node) -> float:
+    return _matrix(values, node, 1)
+
+
+def _einsum(values: Values, node: Node) -> float:
+    """As if all operands were multiplied at once; an ellipsis is taken to be short."""
+    terms = node.args[0].replace(" ", "").split("->")[0].split(",")
+    sizes: dict[str, int] = {}
+    for term, ref in zip(terms, node.args[1], strict=True):
+        sizes.update(zip(term.replace(".", ""), values[ref.index].shape, strict=False))
+    return math.prod(sizes.values())
+
+
+def _attention(values: Values, node: Node) -> float:
+    """Queries with keys, and what comes of it with values."""
+    query, key, value = (_operand(values, node, number) for number in range(3))
+    return query.elements * key.shape[-2] * (1 + value.shape[-1] / max(query.shape[-1], 1))
+
+
+PRODUCTS: dict[Any, Callable[[Values, Node], float]] = {
+    aten.conv1d.default: _convolution,
+    aten.conv1d.padding: _convolution,
+    aten.conv2d.default: _convolution,
+    aten.conv2d.padding: _convolution,
+    aten.conv3d.default: _convolution,
+    aten.conv3d.padding: _convolution,
+    aten.conv_transpose1d.default: _transposed,
+    aten.conv_transpose2d.input: _transposed,
+    aten.conv_transpose3d.input: _transposed,
+    aten.linear.default: _matrix,
+    aten.matmul.default: _matrix,
+    aten.mm.default: _matrix,
+    aten.bmm.default: _matrix,
+    aten.addmm.default: _sum_and_matrix,
+    aten.baddbmm.default: _sum_and_matrix,
+    aten.einsum.default: _einsum,
+    aten.scaled_dot_product_attention.default: _attention,
+}
+"""Convolutions and matrix products, and the number of multiplications of each on full maps."""
 
 
 def is_weight(graph: RowGraph, value: int) -> bool:
     """Whether a whole value is what a product multiplies by, and no bias or scale: its gradient is another product."""
     return len(graph.values[value].shape) > 1
-
-
-def is_large(graph: RowGraph, value: int) -> bool:
-    """Whether the gradient of a whole value is worth counting: of a weight, not of a bias or a scale."""
-    return graph.values[value].elements > _SMALL

@@ -23,7 +23,17 @@ from lrcnn_lightning.rules import (
     wrapping,
 )
 from lrcnn_lightning.rules.lowering import Role, RowGraph, lower
-from lrcnn_lightning.rules.rule import Axes, Interval, Operator, Reduction, RowRule, Tile, find_factory, registered
+from lrcnn_lightning.rules.rule import (
+    Axes,
+    Interval,
+    Operator,
+    Reduction,
+    RowRule,
+    Tile,
+    family_of,
+    find_factory,
+    registered,
+)
 
 __all__ = [
     "Axes",
@@ -37,6 +47,7 @@ __all__ = [
     "adaptive",
     "contraction",
     "dropout",
+    "family_of",
     "find_factory",
     "joining",
     "layer_norm",

@@ -33,7 +33,6 @@ class AdaptivePool(RowRule):
     sizes: tuple[int, ...]
     source_sizes: tuple[int, ...]
     axes: tuple[Axes, ...]
-    family = "resize"
 
     def _source(self, row: int) -> Interval:
         lo = row * self.height // self.out_height
@@ -69,7 +68,7 @@ class AdaptivePool(RowRule):
 
 
 @register(
-    "resize", aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default
+    "pooling", aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default
 )
 def adaptive_average(scope: Scope) -> Reduction | RowRule | None:
     """``adaptive_avg_poolNd(input, output_size)``; one row is a reduction, and has its own rule."""
@@ -77,7 +76,7 @@ def adaptive_average(scope: Scope) -> Reduction | RowRule | None:
 
 
 @register(
-    "resize", aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default
+    "pooling", aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default
 )
 def adaptive_maximum(scope: Scope) -> Reduction | RowRule | None:
     """``adaptive_max_poolNd(input, output_size)`` to several rows: the values, and where they are."""

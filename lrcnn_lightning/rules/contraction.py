@@ -38,7 +38,6 @@ class Einsum(RowRule):
     height: int
     samples: int
     axes: tuple[Axes, ...]
-    family = "contraction"
 
     def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
         operands = []

@@ -1,7 +1,8 @@
 """Dropout: one mask a step, drawn in graph order, and pointwise work that uses it.
 
-The mask is a whole value of one byte an element.  It is drawn before the rows start, in the order of the graph, so the
-same seed gives the same masks as plain training on the CPU, and every slab, recomputed or overlapping, sees the same.
+The mask has one byte an element, and every slab, recomputed or overlapping, sees the same.  It is drawn in the order of
+the graph (`graph.draws`), before the rows start where it can be, so on the CPU the same seed gives the masks of plain
+training.  Numbers go to elements as these lie in memory, so the mask is laid out as plain training lays out its input.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ aten = torch.ops.aten
 _ALPHA = 1.7580993408473766
 
 
-def _draw_mask(shape: list[int], keep: float, device: torch.device) -> Tensor:
-    return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(keep)
+def _draw_mask(shape: list[int], strides: list[int], keep: float, device: torch.device) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=torch.bool, device=device).bernoulli_(keep)
 
 
 def _masked(x: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -40,7 +41,7 @@ def _masked_alpha(x: Tensor, mask: Tensor, scale: float, probability: float) -> 
     return result + shift
 
 
-draw_mask = Operator("draw_mask", _draw_mask, effect=True)
+draw_mask = Operator("draw_mask", _draw_mask, effect=True, draws=True)
 masked = Operator("masked", _masked)
 masked_alpha = Operator("masked_alpha", _masked_alpha)
 
@@ -57,9 +58,13 @@ def _expand(builder: Builder, node: Node, feature: bool, alpha: bool) -> bool:
         return False
     value = builder.values[x.index]
     shape = (*value.shape[:2], *([1] * (len(value.shape) - 2))) if feature else value.shape
+    like = torch.empty(shape, device="meta")
+    if value.strides is not None and not feature:
+        like = torch.empty_like(torch.empty_strided(shape, value.strides, device="meta"))
     mask = builder.value(f"{node.name}_mask", tuple(shape), torch.bool, value.device)
-    builder.emit(node, draw_mask, (list(shape), 1 - probability, value.device), (mask.index,), "mask")
-    args: tuple[Any, ...] = (x, mask, 1 / (1 - probability))
+    args: tuple[Any, ...] = (list(shape), list(like.stride()), 1 - probability, value.device)
+    builder.emit(node, draw_mask, args, (mask.index,), "mask")
+    args = (x, mask, 1 / (1 - probability))
     if alpha:
         scale = 1 / math.sqrt((_ALPHA * _ALPHA * probability + 1) * (1 - probability))
         args = (x, mask, scale, probability)

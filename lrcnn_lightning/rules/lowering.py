@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lrcnn_lightning.errors import InputError
-from lrcnn_lightning.graph import Graph, Node, Value, ValueKind, buffer_values, dependent_values
+from lrcnn_lightning.graph import DrawOrder, Graph, Node, Value, ValueKind, buffer_values, dependent_values
 from lrcnn_lightning.rules.expansion import Builder
 from lrcnn_lightning.rules.rule import WHOLE, Axes, Reduction, RowRule, Scope, find_factory
 from lrcnn_lightning.rules.synchronised import merge_processes
@@ -185,10 +185,10 @@ def lower(graph: Graph, axis: int | str = "auto") -> RowGraph:
     builder = Builder(graph, axes)
     roles: list[Role] = []
     rules: list[RowRule | Reduction | None] = []
-    batch_splits = True
+    batch_splits, order = True, DrawOrder()
     for node in _expanded(graph, builder, dependent):
         rule = None
-        if not any(index in dependent for index in node.inputs):
+        if not order.waits(node, not dependent.isdisjoint(node.inputs)):
             roles.append(Role.PROLOGUE)
             rules.append(None)
             continue

@@ -148,7 +148,6 @@ class LineMaximum(RowRule):
     row: int
     height: int
     axes: tuple[Axes, ...]
-    family = "reduction"
 
     def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> tuple[Tensor, Tensor]:
         return _line_maximum(args[0], self.row, tile.rows.lo, self.height)

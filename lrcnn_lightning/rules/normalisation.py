@@ -138,7 +138,6 @@ class Normalise(RowRule):
 
     samples: int
     axes: tuple[Axes, ...]
-    family = "normalisation"
 
     def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
         x, mean, variance, *rest = args

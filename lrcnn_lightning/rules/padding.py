@@ -30,7 +30,6 @@ class PadRows(RowRule):
     height: int
     others: tuple[int, ...]
     axes: tuple[Axes, ...]
-    family = "shape"
 
     def _source(self, row: int) -> int:
         place = row - self.above

@@ -28,7 +28,6 @@ class Concatenate(RowRule):
     samples: int
     axes: tuple[Axes, ...]
     member_axes: Axes
-    family = "shape"
 
     def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
         row, batch = self.member_axes
@@ -99,7 +98,6 @@ class Crop(RowRule):
     start: int
     step: int
     axes: tuple[Axes, ...]
-    family = "shape"
 
     def needed(self, output: Interval) -> Interval:
         return Interval(output.lo * self.step + self.start, (output.hi - 1) * self.step + self.start + 1)
@@ -138,7 +136,7 @@ def _cropped(scope: Scope, axes: Axes, shape: tuple[int, ...], dimension: int, s
         return Crop(dimension, start, step, (axes,))
     cuts_batch = dimension == axes.batch and scope.output.shape[dimension] != shape[dimension]
     if dimension == axes.batch and not cuts_batch:
-        return AlongRows(aten.alias.default, (axes,)) if len(scope.node.args) == 0 else _Identity((axes,))
+        return _Identity((axes,))
     return AlongRows(scope.node.op, (Axes(axes.row, None if cuts_batch else axes.batch),))
 
 

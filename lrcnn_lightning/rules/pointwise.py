@@ -177,7 +177,7 @@ class Linear(AlongRows):
         return hollow_linear(args[0], args[1], bias)
 
 
-@register("pointwise", aten.linear.default)
+@register("contraction", aten.linear.default)
 def linear(scope: Scope) -> RowRule | None:
     """``linear(input, weight, bias)`` on channels in the last dimension."""
     axes = scope.of(scope.node.args[0])

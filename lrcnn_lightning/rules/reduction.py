@@ -41,7 +41,6 @@ class Sum(Reduction):
     dims: tuple[int, ...]
     keepdim: bool
     divisor: int
-    out_shape: tuple[int, ...]
     dtype: torch.dtype | None
     keeps_batch: int | None
     axes: tuple[Axes, ...] = (WHOLE,)
@@ -100,7 +99,7 @@ def _reduced(scope: Scope, given: Any, keepdim: bool, mean: bool) -> Reduction |
         divisor *= shape[dim]
     dtype = scope.node.kwargs.get("dtype")
     batch = kept_batch(scope, dims, keepdim)
-    return Sum(dims, keepdim, divisor, scope.output.shape, dtype, batch, operation=scope.node.op)
+    return Sum(dims, keepdim, divisor, dtype, batch, operation=scope.node.op)
 
 
 def within_rows(scope: Scope, dims: Sequence[int], keepdim: bool) -> RowRule | None:
@@ -147,7 +146,7 @@ def global_average(scope: Scope, position: int) -> Reduction | None:
     divisor = 1
     for dim in dims:
         divisor *= shape[dim]
-    return Sum(dims, True, divisor, out, None, kept_batch(scope, dims, True), operation=scope.node.op)
+    return Sum(dims, True, divisor, None, kept_batch(scope, dims, True), operation=scope.node.op)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,6 @@ class Resize(RowRule):
     by_hand: tuple[int, ...]
     copied_gradient: bool
     axes: tuple[Axes, ...]
-    family = "resize"
 
     def needed(self, output: Interval) -> Interval:
         return self.lines[self.position].needed(output)

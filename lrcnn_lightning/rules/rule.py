@@ -22,7 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,12 +32,14 @@ from lrcnn_lightning.graph import CustomFunction, Node, Ref, Value, is_elementwi
 __all__ = [
     "Axes",
     "Factory",
+    "Family",
     "Interval",
     "Operator",
     "Reduction",
     "RowRule",
     "Scope",
     "Tile",
+    "family_of",
     "find_factory",
     "register",
     "registered",
@@ -57,17 +59,6 @@ class Interval(NamedTuple):
     @property
     def empty(self) -> bool:
         return self.hi <= self.lo
-
-    def union(self, other: Interval) -> Interval:
-        """The smallest interval that holds both; an empty one adds nothing."""
-        if self.empty:
-            return other
-        if other.empty:
-            return self
-        return Interval(min(self.lo, other.lo), max(self.hi, other.hi))
-
-
-NOTHING = Interval(0, 0)
 
 
 class Axes(NamedTuple):
@@ -98,6 +89,8 @@ class Operator:
     function: Callable[..., Any]
     effect: bool = False
     """Whether it does something beside its results."""
+    draws: bool = False
+    """Whether it takes random numbers."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -153,7 +146,6 @@ class Scope:
 class RowRule(ABC):
     """How one node is computed on rows; see the module's docstring."""
 
-    family: str = "pointwise"
     axes: tuple[Axes, ...]
 
     def needed(self, output: Interval) -> Interval:
@@ -179,7 +171,6 @@ class RowRule(ABC):
 class Reduction(ABC):
     """A row input reduced to whole values: a barrier. ``state`` is whatever `partial` returns."""
 
-    family: str = "reduction"
     axes: tuple[Axes, ...]
     keeps_batch: int | None = None
     """Dimension of the outputs that is still the batch, or ``None`` where the batch is reduced too."""
@@ -206,11 +197,14 @@ class Reduction(ABC):
 Factory = Callable[[Scope], "RowRule | Reduction | None"]
 FactoryType = TypeVar("FactoryType", bound=Factory)
 
-_REGISTRY: dict[Any, tuple[str, Factory]] = {}
+Family = Literal["contraction", "convolution", "normalisation", "pointwise", "pooling", "reduction", "resize", "shape"]
+"""What an operation does, and so what a row of it costs."""
+
+_REGISTRY: dict[Any, tuple[Family, Factory]] = {}
 
 
-def register(family: str, *operations: Any) -> Callable[[FactoryType], FactoryType]:
-    """Decorator: the factory makes the rule of these ATen overloads (or `Operator`s)."""
+def register(family: Family, *operations: Any) -> Callable[[FactoryType], FactoryType]:
+    """Decorator: the factory makes the rule of these ATen overloads (or `Operator`s), which are all of a ``family``."""
 
     def add(factory: FactoryType) -> FactoryType:
         for operation in operations:
@@ -222,9 +216,16 @@ def register(family: str, *operations: Any) -> Callable[[FactoryType], FactoryTy
     return add
 
 
-def registered() -> dict[Any, str]:
+def registered() -> dict[Any, Family]:
     """Every operation with a rule of its own, and its family."""
     return {operation: family for operation, (family, _) in _REGISTRY.items()}
+
+
+def family_of(operation: Any) -> Family | None:
+    """The family of an operation that has a rule; ``None`` for others, which always run whole."""
+    if operation in _REGISTRY:
+        return _REGISTRY[operation][0]
+    return None if find_factory(operation) is None else "pointwise"
 
 
 def find_factory(operation: Any) -> Factory | None:
@@ -232,7 +233,7 @@ def find_factory(operation: Any) -> Factory | None:
     with a backward of its own that is declared to act element by element.
     """
     if isinstance(operation, CustomFunction):
-        return _REGISTRY["pointwise"][1] if is_elementwise(operation.function) and not operation.random else None
+        return _REGISTRY["pointwise"][1] if is_elementwise(operation.function) and not operation.draws else None
     if operation in _REGISTRY:
         return _REGISTRY[operation][1]
     if isinstance(operation, torch._ops.OpOverload) and torch.Tag.pointwise in operation.tags:

@@ -33,7 +33,6 @@ class Scatter(RowRule):
     operation: Any
     operands: tuple[Axes, Axes]
     axes: tuple[Axes, ...]
-    family = "shape"
 
     def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
         slabs = [

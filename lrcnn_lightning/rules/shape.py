@@ -86,9 +86,7 @@ class Sized(RowRule):
 
     operation: Any
     sizes: tuple[int, ...]
-    keep_batch: bool
     axes: tuple[Axes, ...]
-    family = "shape"
 
     def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
         sizes = list(self.sizes)
@@ -149,7 +147,7 @@ def view(scope: Scope) -> RowRule | None:
     if row is None:
         return None
     batch = _followed(before, after, axes.batch)
-    return Sized(aten.reshape.default, after, batch is not None, (Axes(row, batch),))
+    return Sized(aten.reshape.default, after, (Axes(row, batch),))
 
 
 @register("shape", aten.expand.default)
@@ -164,7 +162,7 @@ def expand(scope: Scope) -> RowRule | None:
     if before[axes.row] != after[axes.row + shift]:
         return None
     batch = None if axes.batch is None or before[axes.batch] != after[axes.batch + shift] else axes.batch + shift
-    return Sized(aten.expand.default, after, batch is not None, (Axes(axes.row + shift, batch),))
+    return Sized(aten.expand.default, after, (Axes(axes.row + shift, batch),))
 
 
 @dataclass(frozen=True)
@@ -176,7 +174,6 @@ class PixelShuffle(RowRule):
     axis: int
     unshuffle: bool
     axes: tuple[Axes, ...]
-    family = "shape"
 
     def needed(self, output: Interval) -> Interval:
         if self.unshuffle:

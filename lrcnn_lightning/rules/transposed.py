@@ -39,7 +39,6 @@ class TransposedConvolution(RowRule):
     dilation: tuple[int, ...]
     groups: int
     axes: tuple[Axes, ...]
-    family = "transposed window"
 
     @property
     def _span(self) -> int:
@@ -72,7 +71,7 @@ class TransposedConvolution(RowRule):
 
 
 @register(
-    "transposed window",
+    "convolution",
     aten.conv_transpose1d.default,
     aten.conv_transpose2d.input,
     aten.conv_transpose3d.input,

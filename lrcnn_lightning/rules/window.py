@@ -104,7 +104,6 @@ class Convolution(RowRule):
     dilation: tuple[int, ...]
     groups: int
     axes: tuple[Axes, ...]
-    family = "window"
 
     def needed(self, output: Interval) -> Interval:
         return self.geometry.needed(output)
@@ -163,8 +162,8 @@ def _wanted(result: Tensor, axis: int, skipped: int, tile: Tile) -> Tensor:
     return result.narrow(axis, skipped, tile.rows.length)
 
 
-@register("window", aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-@register("window", aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
+@register("convolution", aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+@register("convolution", aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
 def convolution(scope: Scope) -> RowRule | None:
     """``convNd(input, weight, bias, stride, padding, dilation, groups)``, padding in numbers or in words."""
     if not scope.only_first_has_rows():
@@ -210,7 +209,6 @@ class MaxPool(RowRule):
     shape: tuple[int, ...]
     indices: bool
     axes: tuple[Axes, ...]
-    family = "window"
 
     def needed(self, output: Interval) -> Interval:
         return self.geometry.needed(output)
@@ -254,9 +252,9 @@ class MaxPool(RowRule):
         return result
 
 
-@register("window", aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
-@register("window", aten.max_pool1d_with_indices.default)
-@register("window", aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default)
+@register("pooling", aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
+@register("pooling", aten.max_pool1d_with_indices.default)
+@register("pooling", aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default)
 def max_pool(scope: Scope) -> RowRule | None:
     """``max_poolNd(input, kernel, stride, padding, dilation, ceil_mode)``."""
     name = scope.node.op._schema.name.split("::")[1]
@@ -320,7 +318,6 @@ class AveragePool(RowRule):
     shape: tuple[int, ...]
     out_shape: tuple[int, ...]
     axes: tuple[Axes, ...]
-    family = "window"
 
     def needed(self, output: Interval) -> Interval:
         return self.geometry.needed(output)
@@ -367,7 +364,7 @@ class AveragePool(RowRule):
         return pool(slab, kernel, stride, tuple(padding), self.ceil_mode, include, divisor)
 
 
-@register("window", aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
+@register("pooling", aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
 def average_pool(scope: Scope) -> RowRule | None:
     """``avg_poolNd(input, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)``."""
     dimensions = int(scope.node.op._schema.name.split("::")[1][8])

@@ -132,7 +132,6 @@ class WrapRows(RowRule):
     above: int
     samples: int
     axes: tuple[Axes, ...]
-    family = "shape"
 
     def needed(self, output: Interval) -> Interval:
         lo = min(max(output.lo - self.above, 0), self.height - 1)
