@@ -29,6 +29,7 @@ from lrcnn_lightning.graph.graph import Graph, Ref
 from lrcnn_lightning.graph.leaks import Leaks
 from lrcnn_lightning.graph.opaque import refused_gradients
 from lrcnn_lightning.graph.structure import Structure, take_apart
+from lrcnn_lightning.graph.surroundings import balanced, undisturbed
 from lrcnn_lightning.graph.synchronised import recorded_sync_batch_norms
 
 __all__ = ["CUMULATIVE", "capture", "under_autocast"]
@@ -55,7 +56,8 @@ def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
     widened = [_is_widened(tensor) for _, tensor in tensors]
     leaks = Leaks()
     try:
-        return _captured(module, leaves, structure, places, widened, devices, leaks)
+        with undisturbed(module):
+            return _captured(module, leaves, structure, places, widened, devices, leaks)
     finally:
         leaks.undo()
 
@@ -160,7 +162,7 @@ def _of_tensors_alone(
         filled = [next(remaining) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = structure.put_together(filled)
         own_output = contextlib.redirect_stderr(results.stderr)
-        with own_output, results.observation.observed(), results.leaks, refused_gradients():
+        with own_output, results.observation.observed(), results.leaks, refused_gradients(), balanced(module):
             returned = own(*args, **kwargs)
         results.leaves, results.structure = take_apart(returned)
         _refuse_unknown(results.leaves, "it returns")

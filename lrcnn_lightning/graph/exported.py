@@ -32,6 +32,10 @@ _SPECIAL_INPUTS = {
 }
 
 
+_ARITHMETIC = ("_operator", "builtins", "math", "torch")
+"""Where functions of numbers come from. Others (the opening of a transform) have effects."""
+
+
 class Results:
     """What the module returned in the trace: its structure, and the leaves that are no tensors; and what its code did
     beside that. After the leaves come those of attributes that it sets, then tensors that it remembers (``memos``).
@@ -142,8 +146,9 @@ class Reader:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             return self._nested(node.target, args, context, module_path)
         if not isinstance(node.target, torch._ops.OpOverload):
-            if not any(isinstance(leaf, Ref) for leaf in tree_flatten((args, kwargs))[0]):
-                return node.target(*args, **kwargs)  # type: ignore[operator]  # arithmetic on sizes
+            reads_tensors = any(isinstance(leaf, Ref) for leaf in tree_flatten((args, kwargs))[0])
+            if getattr(node.target, "__module__", None) in _ARITHMETIC and not reads_tensors:
+                return node.target(*args, **kwargs)  # type: ignore[operator]  # on sizes
             raise CaptureError(f"{node.target} at {module_path or 'the top'} is not an ATen operation")
         name = str(node.target.name())  # type: ignore[no-untyped-call]
         if name.startswith("aten::_assert") or name == "aten::sym_constrain_range_for_size":

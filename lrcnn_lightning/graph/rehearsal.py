@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from lrcnn_lightning.graph.leaks import Leaks
 from lrcnn_lightning.graph.state import PythonState
 from lrcnn_lightning.graph.structure import take_apart
+from lrcnn_lightning.graph.surroundings import undisturbed
 
 __all__ = ["own_error"]
 
@@ -45,7 +46,7 @@ def own_error(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
     devices = list({leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_cuda})
     leaks = Leaks()
     try:
-        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with undisturbed(module), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=devices):
             held = {name: fake(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
             given, named = structure.put_together([fake(leaf) for leaf in leaves])
             with mode, PythonState(module), leaks:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["MISSING", "PythonState", "is_machinery", "same_items"]
+__all__ = ["MISSING", "PythonState", "is_machinery", "random_states", "same_items", "set_random_states"]
 
 MISSING = object()
 """Stands for an attribute that is not there."""
@@ -36,11 +36,11 @@ class PythonState:
             if type(value) in _CONTAINERS and not is_machinery(name)
         }
         """What was in the containers among the attributes."""
-        self._random = _random_states()
+        self._random = random_states()
 
     def drawn(self) -> list[str]:
         """The generators from which numbers have been drawn since."""
-        return [name for name, state in _random_states().items() if state != self._random.get(name)]
+        return [name for name, state in random_states().items() if state != self._random.get(name)]
 
     def __enter__(self) -> PythonState:
         return self
@@ -52,7 +52,7 @@ class PythonState:
             vars(child).update(table)
         for (child, name), content in self.contents.items():
             _refill(self.attributes[child][name], content)
-        _set_random_states(self._random)
+        set_random_states(self._random)
 
 
 def same_items(present: Any, content: Any) -> bool:
@@ -76,7 +76,7 @@ def _refill(container: Any, content: Any) -> None:
         container.update(content)
 
 
-def _random_states() -> dict[str, Any]:
+def random_states() -> dict[str, Any]:
     """The states of the generators that PyTorch does not know."""
     states: dict[str, Any] = {"Python's random": random.getstate()}
     if "numpy" in sys.modules:
@@ -85,8 +85,9 @@ def _random_states() -> dict[str, Any]:
     return states
 
 
-def _set_random_states(states: dict[str, Any]) -> None:
-    present = _random_states()
+def set_random_states(states: dict[str, Any]) -> None:
+    """Go back to `random_states` of before."""
+    present = random_states()
     if present["Python's random"] != states["Python's random"]:
         random.setstate(states["Python's random"])
     if "NumPy" in states and present["NumPy"] != states["NumPy"]:
