@@ -33,7 +33,7 @@ from lrcnn_lightning.plan.program import (
 )
 from lrcnn_lightning.rules import Axes, RowGraph
 
-__all__ = ["SegmentCall", "run_segment"]
+__all__ = ["SegmentCall", "is_random", "run_segment"]
 
 
 @dataclass
@@ -134,7 +134,7 @@ def _run_forward(call: SegmentCall, store: dict[int, Any], training: bool) -> di
                 carries[step.loop.name] = kept
         elif isinstance(step, (RunWhole, Effect)):
             node = graph.nodes[step.node]
-            if training and _is_random(node.op):
+            if training and is_random(node.op):
                 call.random[step.node] = _random_state(store, node.inputs)
             store.update(zip(node.outputs, run_node(node, store), strict=True))
         elif isinstance(step, Free):
@@ -212,7 +212,8 @@ def _backward_whole(call: SegmentCall, position: int, store: dict[int, Any], gra
             gradients.add(index, gradient)
 
 
-def _is_random(operation: Any) -> bool:
+def is_random(operation: Any) -> bool:
+    """Whether an operation of ATen draws random numbers."""
     return isinstance(operation, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in operation.tags
 
 

@@ -7,12 +7,15 @@ from lrcnn_lightning.graph.capture import CUMULATIVE, capture, under_autocast
 from lrcnn_lightning.graph.functional import buffer_values, dependent_values
 from lrcnn_lightning.graph.graph import Context, Graph, Node, Ref, Value, ValueKind, Write, map_refs, references
 from lrcnn_lightning.graph.guards import Guard
-from lrcnn_lightning.graph.rehearsal import own_error
+from lrcnn_lightning.graph.reasons import in_words
+from lrcnn_lightning.graph.rehearsal import fake_run, own_error
 from lrcnn_lightning.graph.structure import Structure, take_apart
+from lrcnn_lightning.graph.surroundings import ONE_AT_A_TIME, is_rehearsed
 from lrcnn_lightning.graph.synchronised import SYNC_BATCH_NORM, processes
 
 __all__ = [
     "CUMULATIVE",
+    "ONE_AT_A_TIME",
     "SYNC_BATCH_NORM",
     "Context",
     "Graph",
@@ -26,6 +29,9 @@ __all__ = [
     "buffer_values",
     "capture",
     "dependent_values",
+    "fake_run",
+    "in_words",
+    "is_rehearsed",
     "map_refs",
     "own_error",
     "processes",

@@ -22,12 +22,13 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
-from lrcnn_lightning.errors import CaptureError
+from lrcnn_lightning.errors import CaptureError, is_out_of_memory
 from lrcnn_lightning.graph.exported import Reader, Results
 from lrcnn_lightning.graph.functional import dependent_values, functionalise
 from lrcnn_lightning.graph.graph import Graph, Ref
 from lrcnn_lightning.graph.leaks import Leaks
 from lrcnn_lightning.graph.opaque import refused_gradients
+from lrcnn_lightning.graph.reasons import reason_of
 from lrcnn_lightning.graph.structure import Structure, take_apart
 from lrcnn_lightning.graph.surroundings import balanced, undisturbed
 from lrcnn_lightning.graph.synchronised import recorded_sync_batch_norms
@@ -89,11 +90,12 @@ def _captured(
             examples = tuple(_example(tensor, wide) for tensor, wide in zip(tensors, widened, strict=True))
             with _of_tensors_alone(traced, leaves, structure, results):
                 program = torch.export.export(traced, examples, strict=False)
-    except (torch.OutOfMemoryError, CaptureError):
+    except CaptureError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise CaptureError(f"{type(error).__name__}: {reason[0] if reason else 'no message'}") from error
+        if is_out_of_memory(error):
+            raise
+        raise reason_of(error) from error
     prefix = "" if traced is module else "inner"
     graph = functionalise(Reader(program, places, results, prefix).graph())
     _refuse_remembered(graph, results.memos)

@@ -149,7 +149,7 @@ class Reader:
             reads_tensors = any(isinstance(leaf, Ref) for leaf in tree_flatten((args, kwargs))[0])
             if getattr(node.target, "__module__", None) in _ARITHMETIC and not reads_tensors:
                 return node.target(*args, **kwargs)  # type: ignore[operator]  # on sizes
-            raise CaptureError(f"{node.target} at {module_path or 'the top'} is not an ATen operation")
+            raise CaptureError(f"{_named(node.target)} at {module_path or 'the top'} is not an ATen operation")
         name = str(node.target.name())  # type: ignore[no-untyped-call]
         if name.startswith("aten::_assert") or name == "aten::sym_constrain_range_for_size":
             return None
@@ -186,6 +186,13 @@ class Reader:
             raise CaptureError(f"{name} at {path or 'the top'} is data-dependent control flow")
         placeholders = [node for node in inner.graph.nodes if node.op == "placeholder"]
         return self._inline(inner, dict(zip(placeholders, operands, strict=True)), context, path)
+
+
+def _named(target: Any) -> str:
+    """A function that a trace has recorded, in words."""
+    origin, name = getattr(target, "__module__", None) or "", getattr(target, "__name__", str(target))
+    transform = "a transform of torch.func (vmap, grad, jvp, ...)"
+    return transform if "functorch" in origin else f"{origin}.{name}".lstrip(".")
 
 
 def _plain(tree: Any) -> Any:

@@ -36,10 +36,24 @@ from torch.utils._python_dispatch import (
 from lrcnn_lightning.errors import CaptureError
 from lrcnn_lightning.graph.state import random_states, same_items, set_random_states
 
-__all__ = ["ONE_AT_A_TIME", "balanced", "undisturbed"]
+__all__ = ["ONE_AT_A_TIME", "balanced", "is_rehearsed", "undisturbed"]
 
 ONE_AT_A_TIME = threading.RLock()
 """Held while a module's code is traced: for that time a trace changes the module, and classes of PyTorch."""
+
+
+class _Rehearsals(threading.local):
+    """How many are under way in a thread, one inside of the other."""
+
+    count = 0
+
+
+_rehearsals = _Rehearsals()
+
+
+def is_rehearsed() -> bool:
+    """Whether this thread runs a module's code for a trace or a rehearsal, and not because the user has called it."""
+    return _rehearsals.count > 0
 
 
 class _Kept(NamedTuple):
@@ -301,9 +315,11 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     """
     with ONE_AT_A_TIME:
         before = [(kept, kept.read()) for kept in _kept(module)]
+        _rehearsals.count += 1
         try:
             yield
         finally:
+            _rehearsals.count -= 1
             for kept, value in before:
                 if kept.read() != value:
                     kept.write(value)
