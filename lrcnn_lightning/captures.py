@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from lrcnn_lightning.errors import UninitialisedError
 from lrcnn_lightning.graph import HOOK_TABLES, Structure, computes_weight, processes, under_autocast
 from lrcnn_lightning.rules import RowGraph
 
-__all__ = ["CACHED", "Captures", "device_of", "put_back"]
+__all__ = ["CACHED", "Captures", "device_of", "without_hooks"]
 
 CACHED = 16
 """Graphs and plans remembered a module: multi-scale training has a handful of shapes; more are captured again."""
+
+_NAMED = 3
+"""Tensors that a message names at most."""
 
 _OFTEN = 4
 """Graphs for alike calls after which something must change with every call."""
@@ -77,13 +82,27 @@ class Captures:
 def _parts(module: nn.Module) -> Iterator[Any]:
     """Of what a module is made: its submodules, their parameters and buffers, and hooks that may change what they
     return or compute a weight. The numbers of hooks are never used twice; ids are of modules that are alive.
+
+    Raises `UninitialisedError` for lazy layers before their first call.
     """
     for child in module.modules():
         yield id(child), type(child)
         for tables in (child._parameters, child._buffers):
+            if any(tensor is not None and is_lazy(tensor) for tensor in tables.values()):
+                raise UninitialisedError(_shapeless(module))
             yield tuple((name, None if t is None else _metadata(t)) for name, t in tables.items())
         hooks = (vars(child)[name].items() for name in HOOK_TABLES)
         yield tuple(k for table in hooks for k, hook in table if child is not module or computes_weight(hook))
+
+
+def _shapeless(module: nn.Module) -> str:
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    names = [name for name, tensor in tensors if is_lazy(tensor)]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return (
+        f"its lazy layers have no shapes yet ({', '.join(names[:_NAMED])}{more}); call it once with an input such as "
+        "it will be given, which initialises them"
+    )
 
 
 def device_of(inputs: Iterable[Any]) -> torch.device:
@@ -109,15 +128,12 @@ def _is_channels_last(tensor: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def put_back(module: nn.Module, previous: Callable[..., Any] | None) -> Iterator[None]:
-    """The module with its own forward and without its own hooks, for the time of the capture.
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """The module without its own hooks, for the time of a capture.
 
     Hooks on the module itself run around every call, outside of the graph; tracing must not run them as well. Those
     by which PyTorch computes a weight (old-style weight norm, pruning) stay: they are part of the computation.
     """
-    present = module.__dict__.pop("forward", None)
-    if previous is not None:
-        module.__dict__["forward"] = previous
     hooks = {name: module.__dict__[name] for name in HOOK_TABLES}
     for name, table in hooks.items():
         kept = ((k, hook) for k, hook in table.items() if computes_weight(hook))
@@ -126,6 +142,3 @@ def put_back(module: nn.Module, previous: Callable[..., Any] | None) -> Iterator
         yield
     finally:
         module.__dict__.update(hooks)
-        module.__dict__.pop("forward", None)
-        if present is not None:
-            module.__dict__["forward"] = present

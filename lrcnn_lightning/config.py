@@ -12,16 +12,28 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from typing import Any, Literal, TypeAlias
 
 from lrcnn_lightning.errors import ConfigError
 
-__all__ = ["Mode", "OnUnsupported", "RowConfig", "did_you_mean", "format_count", "format_size", "parse_size"]
+__all__ = [
+    "Mode",
+    "OnUnsupported",
+    "RowConfig",
+    "did_you_mean",
+    "format_count",
+    "format_size",
+    "parse_size",
+    "strategy_defaults",
+]
 
 Mode: TypeAlias = Literal["auto", "two_phase", "overlap"]
 OnUnsupported: TypeAlias = Literal["error", "warn"]
+
+_IN_STRATEGIES = "in strategies"
+"""Of an option, in the metadata of its field: its default where a strategy asks."""
 
 _MODES = ("auto", "two_phase", "overlap")
 _ON_UNSUPPORTED = ("error", "warn")
@@ -125,7 +137,8 @@ class RowConfig:
             end), or ``"auto"``: the longest spatial axis.
         modules: Names of the submodules to run row-wise, as in ``named_modules()``; one name, several, or ``"auto"``:
             the outermost submodules that contain a convolution and can be captured. Strategies only.
-        on_unsupported: What a module that cannot be captured does: ``"error"`` raises; ``"warn"`` runs it plain.
+        on_unsupported: What becomes of a module that cannot run row by row. ``"warn"`` (the default of the strategies):
+            it runs by its parts, or plainly, with one warning; ``"error"`` (that of ``rowwise``): an error is raised.
 
     Raises:
         ConfigError: a value is not allowed; the message names the option, what was given, what is allowed, and what
@@ -140,7 +153,7 @@ class RowConfig:
     max_overhead: float = 0.35
     axis: int | Literal["auto"] = "auto"
     modules: str | Sequence[str] = "auto"
-    on_unsupported: OnUnsupported = "error"
+    on_unsupported: OnUnsupported = field(default="error", metadata={_IN_STRATEGIES: "warn"})
 
     def __post_init__(self) -> None:
         _check_choice("mode", self.mode, _MODES)
@@ -198,6 +211,15 @@ class RowConfig:
     def module_names(self) -> tuple[str, ...] | None:
         """``modules`` as a tuple of names; ``None`` where the package chooses (``"auto"``)."""
         return None if self.modules == "auto" else tuple(self.modules)
+
+
+def strategy_defaults() -> dict[str, Any]:
+    """The options with their defaults in the Lightning strategies and on the command line.
+
+    One is another than in `RowConfig`: a strategy must not end a training that plain PyTorch does not end, while
+    whoever calls ``rowwise`` on a module wants to know that it cannot run so.
+    """
+    return {option.name: option.metadata.get(_IN_STRATEGIES, option.default) for option in fields(RowConfig)}
 
 
 def _shown(value: object) -> str:

@@ -6,6 +6,7 @@ Each is a text; who says it, when and how often is the caller's business.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import nn
 
@@ -13,8 +14,23 @@ from lrcnn_lightning.config import RowConfig, format_count, format_size
 from lrcnn_lightning.plan.plan import Plan
 from lrcnn_lightning.rules import RowGraph, find_factory
 
-__all__ = ["inner_hooks", "needless_rows", "never_called", "outside_call", "path", "summary"]
+__all__ = [
+    "Outcome",
+    "fewer_rows",
+    "hooks_inside",
+    "inner_hooks",
+    "least_memory",
+    "needless_rows",
+    "never_called",
+    "outside_call",
+    "path",
+    "refused",
+    "summary",
+    "to_report",
+]
 
+_NAMED = 5
+"""Modules that a warning names at most; a profiler puts a hook on every one."""
 _PLACES = 3
 """Places that are named at most of an operation that runs whole; an attention network has dozens."""
 
@@ -76,6 +92,77 @@ def inner_hooks(name: str, module: nn.Module, plan: Plan) -> Iterator[str]:
         hooks = [hook for table in tables for hook in table.values()]
         if inner and any(not _origin(hook).startswith("torch.nn.utils") for hook in hooks):
             yield path(name, inner)
+
+
+def hooks_inside(paths: Sequence[str], smaller: str) -> str:
+    """The warning that hooks on the modules of these names do not run; ``smaller`` is what to do."""
+    return (
+        "hooks inside of row-wise modules do not run, because no full feature map passes there: "
+        f"{_listed(paths)}. Hooks on a row-wise module itself run; {smaller}"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{', '.join(names[:_NAMED])}{more}"
+
+
+class Outcome(NamedTuple):
+    """What became of a part of a module that does not run row by row."""
+
+    name: str
+    kind: str
+    reason: str | None
+    """Why it does not run row by row either; None where it does."""
+
+
+def refused(where: str, reason: str, parts: Sequence[Outcome], peak: int | None, defect: bool) -> str:
+    """The warning that a module cannot run row by row: why, what runs in its place, and what that takes.
+
+    Args:
+        where: The module.
+        reason: Why it cannot.
+        parts: What became of its parts, as far as they were called.
+        peak: The activation peak of all of it run plainly, in bytes, if it is known.
+        defect: Whether it is a fault of this package or of PyTorch's tracing.
+    """
+    by_rows = [part.name for part in parts if part.reason is None]
+    text = f"{where} cannot run row by row{' as a whole' if by_rows else ''}: {reason}."
+    if by_rows:
+        text += f" Its parts do, each by itself: {_listed(by_rows)}."
+    for part in parts:
+        if part.reason is not None:
+            text += f" {part.name} ({part.kind}) cannot either: {part.reason}."
+    if by_rows:
+        text += " What is left of it runs plainly"
+        text += "" if peak is None else f"; all of it plainly takes {format_size(peak)} of activation memory"
+    else:
+        text += " It runs plainly"
+        text += "" if peak is None else f", which takes {format_size(peak)} of activation memory for this input"
+    return f"{text} (on_unsupported='error' raises an error instead){to_report() if defect else ''}"
+
+
+def to_report() -> str:
+    """What to do where the fault is not the user's."""
+    return (
+        ". This is a fault of lrcnn-lightning, or of PyTorch's tracing, and not of your code: please report it, with "
+        "the traceback that the logger 'lrcnn_lightning' has at level DEBUG"
+    )
+
+
+def fewer_rows(asked: int, height: int) -> str:
+    """The warning that an input has fewer rows than were asked for."""
+    return f"rows={asked} is more than the {format_count(height, 'row')} of this input, which is as many as there are"
+
+
+def least_memory(plan: Plan, free: int) -> str:
+    """The warning that a plan is used although it is predicted not to fit into ``free`` bytes."""
+    return (
+        f"no plan fits the {format_size(free)} that can be used: the one of least memory is used, with an activation "
+        f"peak of {format_size(plan.peak_bytes)} predicted (plain PyTorch {format_size(plan.plain_peak_bytes)}). "
+        "Should the device run out of memory, a smaller batch or image, half precision, or freezing the first layers "
+        "help"
+    )
 
 
 def _origin(hook: object) -> str:

@@ -6,85 +6,28 @@ A strategy does not change a model: it chooses modules, and while a step runs th
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
-from lrcnn_lightning.config import RowConfig, did_you_mean
-from lrcnn_lightning.errors import CaptureError, ConfigError
+from lrcnn_lightning.config import RowConfig
+from lrcnn_lightning.errors import ConfigError
+from lrcnn_lightning.forward import RowwiseForward
 from lrcnn_lightning.outside import OutsideCalls
 from lrcnn_lightning.plan.plan import Plan
 from lrcnn_lightning.plan.saved import SavedPlan
-from lrcnn_lightning.rowwise import RowwiseForward
+from lrcnn_lightning.selection import has_convolution, has_direct_layers, has_own_forward, select_modules
 
 __all__ = ["RowwiseSession", "has_convolution", "select_modules"]
-
-_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
-
-
-def has_convolution(module: nn.Module) -> bool:
-    """Whether a convolution is anywhere inside."""
-    return any(isinstance(child, _CONVOLUTIONS) for child in module.modules())
-
-
-def _has_own_forward(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
-
-
-def _is_metric(module: nn.Module) -> bool:
-    """Whether a module is a metric: its ``forward`` adds to a state in Python, whatever network it has inside."""
-    library = sys.modules.get("torchmetrics")
-    return library is not None and isinstance(module, library.Metric)
-
-
-def select_modules(root: nn.Module, names: str | Iterable[str] = "auto") -> dict[str, nn.Module]:
-    """The submodules of ``root`` that run row by row, by name.
-
-    ``"auto"``: the outermost submodules that contain a convolution and have a forward of their own, but for metrics.
-    Raises `ConfigError` for a name that does not exist, or where nothing contains a convolution.
-    """
-    if names == "auto":
-        found: dict[str, nn.Module] = {}
-        _collect(root, "", found)
-        return found
-    table = dict(root.named_modules())
-    chosen: dict[str, nn.Module] = {}
-    for name in [names] if isinstance(names, str) else names:
-        if name not in table or name == "":
-            outer = sorted(child for child, _ in root.named_children())
-            hint = did_you_mean(name, [key for key in table if key])
-            raise ConfigError(
-                f"modules={name!r}: {type(root).__name__} has no submodule of that name{hint}; its submodules are "
-                f"{', '.join(outer) or 'none'} and what is inside them (see `named_modules()`)"
-            )
-        chosen[name] = table[name]
-    for name in chosen:
-        inside = [other for other in chosen if other.startswith(f"{name}.")]
-        if inside:
-            raise ConfigError(f"modules: {inside[0]!r} is inside {name!r}, which runs row by row as a whole; name one")
-    return chosen
-
-
-def _collect(module: nn.Module, prefix: str, found: dict[str, nn.Module]) -> None:
-    for name, child in module.named_children():
-        path = f"{prefix}{name}"
-        if not has_convolution(child) or _is_metric(child):
-            continue
-        if _has_own_forward(child):
-            if not any(child is other for other in found.values()):
-                found[path] = child
-        else:
-            _collect(child, f"{path}.", found)
 
 
 class RowwiseSession:
     """The row-wise modules of one model, patched only while `active`.
 
     What the strategies use: plans live as long as the session; the model is untouched outside of ``with
-    session.active()``. With ``modules="auto"`` a module that cannot be captured is replaced by its own parts.
+    session.active()``. In the place of a module that cannot run row by row its own parts do.
     """
 
     def __init__(
@@ -93,32 +36,35 @@ class RowwiseSession:
         config: RowConfig,
         plans: Mapping[str, SavedPlan] | None = None,
         notify: Callable[[str], None] = warnings.warn,
+        has_limit: bool | None = None,
     ) -> None:
         self.notify = notify
         self.root, self.config, self.given = root, config, dict(plans or {})
+        self.has_limit = not config.fits_free_memory if has_limit is None else has_limit
+        """Whether the budget of the configuration is the user's, and not what the devices have free."""
         self.observer: Callable[[RowwiseForward, tuple[Any, ...], dict[str, Any]], None] | None = None
         """Told of each call of a row-wise module, with its arguments."""
-        names = config.modules
-        self.automatic = names == "auto"
-        chosen = select_modules(root, names)
+        chosen = select_modules(root, config.modules)
         self.forwards: dict[str, RowwiseForward] = {
             name: self._forward(name, module) for name, module in chosen.items()
         }
-        if self.automatic and _has_own_forward(root) and _direct_layers(root):
+        if config.modules == "auto" and has_own_forward(root) and has_direct_layers(root):
             # The model's own forward, where layers hang directly on it; its parts serve steps that call them.
             self.forwards = {"": self._forward("", root), **self.forwards}
         self._depth = 0
         self.outside = OutsideCalls(self._watched, notify)
         """Notices calls outside of `active`, from its ``start`` to its ``stop``."""
+        parts = [name for name, _ in root.named_modules() if any(name.startswith(f"{outer}.") for outer in chosen)]
         for name in self.given:
-            if name not in self.forwards:
+            if name not in self.forwards and name not in parts:
                 known = ", ".join(repr(other) for other in self.forwards) or "none"
                 raise ConfigError(f"plan: no module {name!r} runs row-wise; those that do are {known}")
 
     def _forward(self, name: str, module: nn.Module) -> RowwiseForward:
-        forward = RowwiseForward(module, self.config, name, self._descend if self.automatic else None, self.notify)
+        forward = RowwiseForward(module, self.config, name, self.notify, self._divide)
         forward.given = self.given.get(name)
         forward.passing = True
+        forward.has_limit = self.has_limit
         forward.observe = self._observe
         return forward
 
@@ -129,7 +75,7 @@ class RowwiseSession:
     def _watched(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules that a call outside of `active` would have run row by row, as far as is known."""
         for name, forward in self.forwards.items():
-            if forward.plan is None or forward.plan.mode != "plain":
+            if forward.refusal is None and (forward.plan is None or forward.plan.mode != "plain"):
                 yield name, forward.module
 
     @property
@@ -145,7 +91,7 @@ class RowwiseSession:
     @property
     def idle(self) -> dict[str, list[str]]:
         """The modules by name, each with the names of its parts that could be chosen instead, if none was called."""
-        if any(forward.plan is not None or forward._runs_plain for forward in self.forwards.values()):
+        if any(forward.is_called for forward in self.forwards.values()):
             return {}
         return {
             name: [f"{name}.{part}" for part in select_modules(forward.module)]
@@ -182,22 +128,15 @@ class RowwiseSession:
             if forward.previous is not None:
                 forward.module.__dict__["forward"] = forward.previous
 
-    def _descend(self, forward: RowwiseForward, error: CaptureError, run: Callable[[], Any]) -> Any:
-        """Replace a module that cannot be captured by its parts, one level down, and run this call so."""
-        parts = {} if forward.name == "" else select_modules(forward.module, "auto")
-        forward._unsupported = None
-        if not parts and forward.name != "":
-            return forward._without_rows(error, run)
-        self._unpatch(forward)
-        self.forwards = {name: other for name, other in self.forwards.items() if other is not forward}
-        for name, part in parts.items():
-            inner = self._forward(f"{forward.name}.{name}" if forward.name else name, part)
-            self.forwards[inner.name] = inner
-            if self._depth:
-                self._patch(inner)
-        return run()
-
-
-def _direct_layers(root: nn.Module) -> bool:
-    """Whether convolutions hang directly on the model, or its network is spread over several children."""
-    return sum(has_convolution(child) and not _is_metric(child) for child in root.children()) > 1
+    def _divide(self, forward: RowwiseForward) -> list[RowwiseForward]:
+        """The parts of a module that cannot run row by row, one level down, which do so in its place from now on."""
+        parts = []
+        for name, module in select_modules(forward.module).items():
+            known = next((other for other in self.forwards.values() if other.module is module), None)
+            part = known or self._forward(f"{forward.name}.{name}" if forward.name else name, module)
+            if known is None:
+                self.forwards[part.name] = part
+                if self._depth:
+                    self._patch(part)
+            parts.append(part)
+        return parts

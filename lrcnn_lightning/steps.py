@@ -78,7 +78,7 @@ class RowwiseSteps(Strategy):
         max_overhead: float = 0.35,
         axis: int | Literal["auto"] = "auto",
         modules: str | Sequence[str] = "auto",
-        on_unsupported: OnUnsupported = "error",
+        on_unsupported: OnUnsupported = "warn",
         plan: dict[str, Any] | str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -174,7 +174,8 @@ class RowwiseSteps(Strategy):
         self._stop()  # of a run that was broken off
         # Anew, since precision plugins may have replaced submodules.
         config = self._planned_with()
-        self._session = RowwiseSession(module, config, self._given, self._rank_zero("rank_zero_warn"))
+        has_limit = not self._config.fits_free_memory
+        self._session = RowwiseSession(module, config, self._given, self._rank_zero("rank_zero_warn"), has_limit)
         self._session.outside.start()
         if not self._session.forwards:
             self._rank_zero("rank_zero_warn")(

@@ -22,7 +22,7 @@ import lrcnn_lightning
 from lrcnn_lightning.cli import summary as summary_module
 from lrcnn_lightning.cli import train as train_module
 from lrcnn_lightning.cli.build import CommandError, build, strategy_options, user_errors
-from lrcnn_lightning.config import RowConfig
+from lrcnn_lightning.config import RowConfig, strategy_defaults
 from lrcnn_lightning.errors import ConfigError
 
 QUICK = ("experiment=quick", "data.size=96", "data.scale=2", "data.batch_size=2")
@@ -69,7 +69,7 @@ def test_strategy_group_has_the_fields_of_row_config() -> None:
         node = composed(f"strategy={mode}").strategy
         assert node._target_ == "lrcnn_lightning.LRCNNStrategy"
         options = {name: value for name, value in node.items() if not str(name).startswith("_")}
-        assert RowConfig(**options) == RowConfig(mode=mode)  # type: ignore[arg-type]
+        assert RowConfig(**options) == RowConfig(**{**strategy_defaults(), "mode": mode})
 
 
 def test_strategy_options_are_set_one_by_one() -> None:

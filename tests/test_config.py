@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lrcnn_lightning.config import RowConfig, did_you_mean, format_count, format_size, parse_size
+from lrcnn_lightning.config import RowConfig, did_you_mean, format_count, format_size, parse_size, strategy_defaults
 from lrcnn_lightning.errors import ConfigError, RowwiseError
 
 DEFAULTS = {
@@ -51,6 +51,11 @@ def refusal(**options: Any) -> str:
 def test_defaults_are_the_promised_ones_in_the_promised_order() -> None:
     assert dataclasses.asdict(RowConfig()) == DEFAULTS
     assert [field.name for field in dataclasses.fields(RowConfig)] == list(DEFAULTS)
+
+
+def test_the_default_of_an_option_may_depend_on_who_asks() -> None:
+    """A strategy does not end a training that plain PyTorch does not end."""
+    assert strategy_defaults() == {**DEFAULTS, "on_unsupported": "warn"}
 
 
 def test_every_field_is_documented() -> None:

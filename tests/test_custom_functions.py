@@ -219,7 +219,7 @@ def test_elementwise_with_several_arguments_and_results() -> None:
 
 def test_only_functions_are_declared() -> None:
     for wrong in (F.relu, nn.ReLU, Spike()):
-        with pytest.raises(ConfigError, match="takes a class derived from torch.autograd.Function"):
+        with pytest.raises(ConfigError, match=r"takes a class derived from torch\.autograd\.Function"):
             elementwise(wrong)  # type: ignore[type-var]
 
 

@@ -158,7 +158,9 @@ def twice() -> None:
     gradient.square().sum().backward()
 
 
-def fit(backbone: nn.Module, strategy: Any = "lrcnn_two_phase", **options: Any) -> Callable[[], None]:
+def fit(
+    backbone: nn.Module, strategy: Any = "lrcnn_two_phase", task: type[Task] = Task, **options: Any
+) -> Callable[[], None]:
     def run() -> None:
         trainer = Trainer(
             accelerator="cpu",
@@ -170,7 +172,7 @@ def fit(backbone: nn.Module, strategy: Any = "lrcnn_two_phase", **options: Any) 
             enable_model_summary=False,
             **{"devices": 1, **options},
         )
-        trainer.fit(Task(backbone), DataLoader(TensorDataset(torch.randn(1, 3, 32, 32))))
+        trainer.fit(task(backbone), DataLoader(TensorDataset(torch.randn(1, 3, 32, 32))))
 
     return run
 
@@ -179,6 +181,21 @@ def hooked() -> nn.Module:
     module = network()
     module[0].register_forward_hook(lambda *_: None)
     return module
+
+
+class Waves(nn.Conv2d):
+    """Takes vectors, and has no parts."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.view(-1, 3, 32, 32))
+
+
+class OfVectors(Task):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return super().training_step([batch[0].flatten(1)], batch_idx)
 
 
 class Narrow(nn.Module):
@@ -207,6 +224,8 @@ RAISED = {
     "modules='bakbone'": fit(network(), lambda: LRCNNStrategy(modules=["bakbone"])),
 }
 WARNED = {
+    "row-wise module 'backbone' (Branch)": fit(Branch()),
+    "row-wise module 'backbone' (Waves)": fit(Waves(), task=OfVectors),
     "hooks inside": fit(hooked()),
     "backbone was called outside": fit(network(), callbacks=[Calls()]),
     "this batch fits without rows": fit(network()),

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 from torch import nn
 
 from lrcnn_lightning import LRCNNDDPStrategy, LRCNNStrategy, RowConfig
+from lrcnn_lightning.config import strategy_defaults
 from lrcnn_lightning.strategy import NAMES
 from tests.test_strategy import NAMESPACES, QUIET, Steps, Task, assert_same, body, fit, loader
 
@@ -21,6 +22,11 @@ pytest.importorskip("jsonargparse", reason="LightningCLI needs jsonargparse")
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec")
 
 SINGLE, DDP = "lrcnn_lightning.LRCNNStrategy", "lrcnn_lightning.LRCNNDDPStrategy"
+
+
+def by_default(**options: Any) -> RowConfig:
+    """The options of a strategy, where others are not given."""
+    return RowConfig(**{**strategy_defaults(), **options})
 
 
 class Data(LightningDataModule):
@@ -54,7 +60,7 @@ def strategy(*arguments: str, **options: Any) -> Any:
 def test_a_name(name: str, namespace: str) -> None:
     made = strategy(f"--trainer.strategy={name}", namespace=namespace)
     kind, options = NAMES[name]
-    assert type(made).__name__ == kind and made.config == RowConfig(**options)
+    assert type(made).__name__ == kind and made.config == by_default(**options)
 
 
 # What is written -> what the option is.
@@ -74,7 +80,7 @@ OPTIONS: list[tuple[str, str, Any]] = [
     ("axis", "-1", -1),
     ("modules", "body", ("body",)),
     ("modules", "[body, head]", ("body", "head")),
-    ("on_unsupported", "warn", "warn"),
+    ("on_unsupported", "error", "error"),
 ]
 
 
@@ -88,20 +94,20 @@ def test_a_dotted_option(kind: str, option: str, text: str, value: Any) -> None:
     made = strategy(f"--trainer.strategy={kind}", f"--trainer.strategy.{option}={text}")
     assert type(made) is (LRCNNStrategy if kind == SINGLE else LRCNNDDPStrategy)
     assert getattr(made.config, option) == value
-    assert made.config == RowConfig(**{option: value})
+    assert made.config == by_default(**{option: value})
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
 def test_options_one_after_the_other(namespace: str) -> None:
     arguments = ["--trainer.strategy.rows=4", "--trainer.strategy.modules+=body", "--trainer.strategy.modules+=head"]
     made = strategy(f"--trainer.strategy={SINGLE}", *arguments, namespace=namespace)
-    assert made.config == RowConfig(rows=4, modules=["body", "head"])
+    assert made.config == by_default(rows=4, modules=["body", "head"])
     assert isinstance(made, importlib.import_module(f"{namespace}.strategies").SingleDeviceStrategy)
 
 
 def test_a_class_without_its_package() -> None:
     made = strategy("--trainer.strategy=LRCNNStrategy", "--trainer.strategy.mode=overlap")
-    assert made.config == RowConfig(mode="overlap")
+    assert made.config == by_default(mode="overlap")
 
 
 @pytest.mark.parametrize("form", ["a file", "an argument", "a file and an argument", "a file of the Trainer"])
@@ -117,22 +123,22 @@ def test_class_path_and_init_args(form: str, tmp_path: Path) -> None:
     }
     (tmp_path / "trainer.yaml").write_text(yaml.safe_dump({**QUIET, "strategy": written}), "utf-8")
     made = strategy(*arguments[form])
-    assert type(made) is LRCNNDDPStrategy and made.config == RowConfig(mode="two_phase", rows=4)
+    assert type(made) is LRCNNDDPStrategy and made.config == by_default(mode="two_phase", rows=4)
     assert made._ddp_kwargs["find_unused_parameters"] is True
 
 
 def test_a_name_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("trainer:\n  strategy: lrcnn_overlap\n", "utf-8")
-    assert strategy("--config", str(tmp_path / "config.yaml")).config == RowConfig(mode="overlap")
+    assert strategy("--config", str(tmp_path / "config.yaml")).config == by_default(mode="overlap")
 
 
 @pytest.mark.parametrize(
     "variables, config",
     [
-        ({"PL_TRAINER__STRATEGY": "lrcnn_overlap"}, RowConfig(mode="overlap")),
+        ({"PL_TRAINER__STRATEGY": "lrcnn_overlap"}, by_default(mode="overlap")),
         (
             {"PL_TRAINER__STRATEGY": json.dumps({"class_path": SINGLE, "init_args": {"rows": 3}})},
-            RowConfig(rows=3),
+            by_default(rows=3),
         ),
     ],
     ids=["name", "class and options"],
@@ -143,7 +149,7 @@ def test_environment_variables(variables: dict[str, str], config: RowConfig, mon
     made = strategy(parser_kwargs={"default_env": True})
     assert type(made) is LRCNNStrategy and made.config == config
     changed = strategy("--trainer.strategy=lrcnn_two_phase", parser_kwargs={"default_env": True})
-    assert changed.config == RowConfig(mode="two_phase"), "arguments are stronger than the environment"
+    assert changed.config == by_default(mode="two_phase"), "arguments are stronger than the environment"
 
 
 def test_a_configuration_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +198,7 @@ def test_help_explains_every_option(kind: str, capsys: pytest.CaptureFixture[str
     for field in fields(RowConfig):
         said = " ".join(documented.partition(f"        {field.name}: ")[2].split())[:60]
         assert said and said in entries[field.name], field.name
-        assert f"default: {field.default}" in entries[field.name], field.name
+        assert f"default: {strategy_defaults()[field.name]}" in entries[field.name], field.name
     assert "'two_phase', 'overlap'" in entries["mode"]
     others = {"plan": "instead of planning"}
     others |= {"device": "cuda:1"} if kind == SINGLE else {"find_unused_parameters": "autograd graph"}
@@ -215,7 +221,7 @@ def test_a_saved_configuration_runs_again(tmp_path: Path, monkeypatch: pytest.Mo
     kept.write_text(saved.read_text("utf-8"), "utf-8")
     again = ["fit", f"--config={kept}"]
     runs.append(library.LightningCLI(Task, Data, args=again, save_config_callback=None, trainer_defaults=options))
-    assert runs[1].trainer.strategy.config == RowConfig(rows=3)
+    assert runs[1].trainer.strategy.config == by_default(rows=3)
     assert runs[1].trainer.strategy.plans["body"].rows == 3
     assert_same(runs[0].model.state_dict(), runs[1].model.state_dict(), 0, "weights")
     plain, _ = fit("auto", limit_val_batches=0, num_sanity_val_steps=0)

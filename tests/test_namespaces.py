@@ -128,7 +128,7 @@ def test_one_class_serves_the_trainers_of_both_lightnings(expected: Any, namespa
     assert type(trainer.strategy).__mro__[3].__module__.startswith(namespace)
     if not isinstance(strategy, str):
         assert trainer.strategy is given
-        assert given.config == RowConfig(mode="overlap", rows=3)
+        assert given.config == RowConfig(mode="overlap", rows=3, on_unsupported="warn")
         assert given.plans["body"].mode == "overlap"
     unused = library.Trainer(strategy=given if isinstance(strategy, str) else strategy(), **QUIET).strategy
     assert type(pickle.loads(pickle.dumps(unused))) is type(trainer.strategy)

@@ -239,7 +239,7 @@ def test_axis_that_is_not_spatial() -> None:
 
 def test_control_flow_that_depends_on_data() -> None:
     net = _Branches()
-    with pytest.raises(CaptureError, match=r"_Branches.*cannot be captured.*on_unsupported='warn'"):
+    with pytest.raises(CaptureError, match=r"_Branches.*cannot run row by row.*`return .*` at test_rowwise.py.*'warn'"):
         _call(net, IMAGES, rows=2)
     with pytest.warns(UserWarning, match="runs plainly"):
         _call(net, IMAGES, rows=2, on_unsupported="warn")

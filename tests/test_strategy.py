@@ -9,7 +9,6 @@ import inspect
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lrcnn_lightning
 from lrcnn_lightning import ConfigError, LRCNNDDPStrategy, LRCNNStrategy, RowConfig
-from lrcnn_lightning.config import format_size
+from lrcnn_lightning.config import format_size, strategy_defaults
 from lrcnn_lightning.rowwise import RowwiseForward
 from lrcnn_lightning.strategy import NAMES, register
 
@@ -259,7 +258,7 @@ def test_a_name_gives_a_class_with_its_arguments(namespace: str, name: str) -> N
     assert type(strategy).__name__ == kind
     assert isinstance(strategy, getattr(lrcnn_lightning, kind))
     assert isinstance(strategy, importlib.import_module(f"{namespace}.strategies").Strategy)
-    assert strategy.config == RowConfig(**options)
+    assert strategy.config == RowConfig(**options, on_unsupported="warn")
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
@@ -275,11 +274,10 @@ def test_registering_again_changes_nothing(namespace: str) -> None:
 def test_the_options_are_those_of_the_configuration(kind: Any) -> None:
     base = next(cls for cls in kind.__mro__ if cls.__name__ == "RowwiseSteps")
     parameters = inspect.signature(base.__init__).parameters
-    assert {name: p.default for name, p in parameters.items() if name not in ("self", "plan", "kwargs")} == {
-        field.name: field.default for field in fields(RowConfig)
-    }
+    defaults = {name: p.default for name, p in parameters.items() if name not in ("self", "plan", "kwargs")}
+    assert defaults == strategy_defaults()
     options = {"mode": "overlap", "rows": 2, "segments": 3, "batch_chunks": 4, "memory_budget": "2GiB"}
-    options |= {"max_overhead": 0.5, "axis": 3, "modules": ["body"], "on_unsupported": "warn"}
+    options |= {"max_overhead": 0.5, "axis": 3, "modules": ["body"], "on_unsupported": "error"}
     assert kind(**options).config == RowConfig(**options)  # type: ignore[arg-type]
     for name in options:
         assert f"        {name}: " in kind.__doc__

@@ -20,7 +20,7 @@ Step = Callable[[Any, Tensor], Any]
 """Runs a module on an image, with a backward pass; returns whatever is to be compared."""
 
 _SMALL = 1e-9
-"""What is compared relative to the largest gradient: those that are zero but for rounding have no scale of their own."""
+"""Of the largest gradient: those that are zero but for rounding have no scale of their own."""
 
 
 def image(seed: int = 0, shape: tuple[int, ...] = (2, 3, 16, 12)) -> Tensor:

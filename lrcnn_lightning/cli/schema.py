@@ -7,12 +7,12 @@ is made, before anything else runs.
 
 from __future__ import annotations
 
-from dataclasses import field, fields, make_dataclass
+from dataclasses import field, make_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from lrcnn_lightning.config import RowConfig
+from lrcnn_lightning.config import strategy_defaults
 
 __all__ = ["StrategySchema", "register_schemas"]
 
@@ -23,10 +23,10 @@ StrategySchema = make_dataclass(
     [
         ("_target_", str, field(default="lrcnn_lightning.LRCNNStrategy")),
         ("_convert_", str, field(default="all")),
-        *((option.name, _TYPES.get(option.name, Any), field(default=option.default)) for option in fields(RowConfig)),
+        *((name, _TYPES.get(name, Any), field(default=default)) for name, default in strategy_defaults().items()),
     ],
 )
-"""Every field of `RowConfig`, with its default, and the class that takes them."""
+"""Every field of `RowConfig`, with its default in strategies, and the class that takes them."""
 
 
 def register_schemas() -> None:

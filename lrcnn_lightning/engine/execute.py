@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from lrcnn_lightning.engine.rows import run_node
 from lrcnn_lightning.engine.segment import SegmentCall, run_segment
 from lrcnn_lightning.engine.slabs import Prepared
-from lrcnn_lightning.graph import Graph, Value, ValueKind, Write, map_refs, written_argument
+from lrcnn_lightning.engine.undo import Before, draws_numbers, written_buffers
+from lrcnn_lightning.errors import InternalError, is_out_of_memory
+from lrcnn_lightning.graph import Graph, Value, ValueKind, Write, in_words, map_refs, written_argument
 from lrcnn_lightning.plan.plan import Plan
 
 __all__ = ["Execution", "live_tensor", "requires_grad_leaves"]
@@ -58,9 +60,27 @@ class Execution:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._prepared = Prepared(plan.graph)
+        self._draws = draws_numbers(plan.graph)
+        self._copied = written_buffers(plan.graph)
+        """Of what, with the random states, there are copies while the plan has not been executed to its end yet."""
 
     def __call__(self, module: nn.Module, inputs: Sequence[Any]) -> Any:
-        """Run the plan on the flat inputs of a call; returns what the module would return."""
+        """Run the plan on the flat inputs of a call; returns what the module would return.
+
+        Raises `InternalError`, from the error itself, where the call fails and could be taken back, so that it can be
+        made in another way. (Not where other processes take part, which would have to do the same.)
+        """
+        before = Before(_sources(self.plan.graph.graph, module, inputs), self._draws, self._copied)
+        try:
+            result = self._run(module, inputs)
+        except Exception as error:
+            if is_out_of_memory(error) or self.plan.graph.communicates or not before.undo():
+                raise
+            raise InternalError(in_words(error)) from error
+        self._draws, self._copied = False, []
+        return result
+
+    def _run(self, module: nn.Module, inputs: Sequence[Any]) -> Any:
         plan, graph = self.plan, self.plan.graph
         store = _sources(graph.graph, module, _prefixed(graph.graph, module, inputs))
         for position in plan.prologue:

@@ -10,14 +10,17 @@ from lrcnn_lightning.graph.functional import buffer_values, dependent_values
 from lrcnn_lightning.graph.graph import Context, Graph, Node, Ref, Value, ValueKind, Write, map_refs, references
 from lrcnn_lightning.graph.guards import Guard
 from lrcnn_lightning.graph.hooks import HOOK_TABLES, HookCall, computes_weight
-from lrcnn_lightning.graph.rehearsal import own_error
+from lrcnn_lightning.graph.reasons import in_words
+from lrcnn_lightning.graph.rehearsal import fake_run, own_error
 from lrcnn_lightning.graph.structure import Structure, take_apart
+from lrcnn_lightning.graph.surroundings import ONE_AT_A_TIME, is_rehearsed
 from lrcnn_lightning.graph.synchronised import SYNC_BATCH_NORM, processes
 from lrcnn_lightning.graph.views import written_argument
 
 __all__ = [
     "CUMULATIVE",
     "HOOK_TABLES",
+    "ONE_AT_A_TIME",
     "SYNC_BATCH_NORM",
     "Context",
     "CustomFunction",
@@ -37,7 +40,10 @@ __all__ = [
     "dependent_values",
     "draws",
     "elementwise",
+    "fake_run",
+    "in_words",
     "is_elementwise",
+    "is_rehearsed",
     "map_refs",
     "own_error",
     "processes",

@@ -16,14 +16,15 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from lrcnn_lightning.errors import CaptureError
-from lrcnn_lightning.graph.failure import reason
+from lrcnn_lightning.errors import CaptureError, is_out_of_memory
 from lrcnn_lightning.graph.functional import dependent_values, functionalise
 from lrcnn_lightning.graph.graph import Graph, Ref
 from lrcnn_lightning.graph.leaks import Leaks
 from lrcnn_lightning.graph.prefix import with_prefix
+from lrcnn_lightning.graph.reasons import reason_of
 from lrcnn_lightning.graph.recorded import read
 from lrcnn_lightning.graph.structure import refuse_unknown, take_apart
+from lrcnn_lightning.graph.surroundings import undisturbed
 from lrcnn_lightning.graph.synchronised import recorded_sync_batch_norms
 from lrcnn_lightning.graph.tracing import Trace
 from lrcnn_lightning.graph.views import without_aliases
@@ -50,9 +51,10 @@ def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
     leaks = Leaks()
     trace = Trace(module, leaves, structure, leaks)
     try:
-        recorded = _recorded(trace, [tensor for _, tensor in tensors])
-        graph = read(recorded, trace, [(place, names[place]) for place, _ in tensors])
-        graph = functionalise(with_prefix(without_aliases(graph)))
+        with undisturbed(module):
+            recorded = _recorded(trace, [tensor for _, tensor in tensors])
+            graph = read(recorded, trace, [(place, names[place]) for place, _ in tensors])
+            graph = functionalise(with_prefix(without_aliases(graph)))
     finally:
         leaks.undo()
     _refuse_remembered(graph, trace.memos)
@@ -61,24 +63,26 @@ def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
 
 def _recorded(trace: Trace, tensors: Sequence[torch.Tensor]) -> GraphModule:
     """The trace's operations, recorded without anything around that would change or see them."""
-    devices = [tensor.device for tensor in tensors if tensor.is_cuda]
+    on_cuda = any(tensor.is_cuda for tensor in tensors)
     widened = [_is_widened(tensor) for tensor in tensors]
     try:
         with (
-            torch.random.fork_rng(devices=devices),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(_forgotten, _forgotten),
             torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False) if devices else contextlib.nullcontext(),
+            torch.autocast("cuda", enabled=False) if on_cuda else contextlib.nullcontext(),
             _cumulative_averages(trace.module),
             recorded_sync_batch_norms(trace.module),
         ):
             return trace.run(widened)
-    except (torch.OutOfMemoryError, CaptureError):
+    except CaptureError:
         raise
     except Exception as error:
-        raise CaptureError(reason(error)) from error
+        if is_out_of_memory(error):
+            raise
+        before = error.__context__  # a mode that the code has left open ends the trace with an error of its own
+        raise before if isinstance(before, CaptureError) else reason_of(error) from error
 
 
 def _forgotten(saved: object) -> Any:

@@ -7,21 +7,35 @@ error says best what is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from lrcnn_lightning.errors import is_out_of_memory
 from lrcnn_lightning.fake import current_mode, is_fake, new_mode
 from lrcnn_lightning.graph.leaks import Leaks
 from lrcnn_lightning.graph.state import PythonState
 from lrcnn_lightning.graph.structure import take_apart
+from lrcnn_lightning.graph.surroundings import undisturbed
 
-__all__ = ["own_error"]
+__all__ = ["fake_run", "own_error"]
 
 _OF_THE_REHEARSAL = ("torch._subclasses", "torch._dynamo", "torch.fx", "torch.export")
 """Where the errors come from that only say that a tensor has no data."""
+
+
+@contextlib.contextmanager
+def fake_run(module: nn.Module) -> Iterator[None]:
+    """A context for running a module's code on tensors without data, after which everything is as it was."""
+    leaks = Leaks()
+    try:
+        with undisturbed(module), PythonState(module), leaks:
+            yield
+    finally:
+        leaks.undo()
 
 
 def own_error(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Exception | None:
@@ -41,17 +55,13 @@ def own_error(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
         return mode.from_tensor(tensor.detach(), static_shapes=True)
 
     leaves, structure = take_apart((tuple(args), dict(kwargs)))
-    devices = list({leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_cuda})
-    leaks = Leaks()
     try:
-        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with torch.inference_mode(False), torch.no_grad():
             held = {name: fake(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
             given, named = structure.put_together([fake(leaf) for leaf in leaves])
-            with mode, PythonState(module), leaks:
+            with mode, fake_run(module):
                 torch.func.functional_call(module, held, tuple(given), dict(named))
     except Exception as error:
         of_the_module = not type(error).__module__.startswith(_OF_THE_REHEARSAL)
-        return error if of_the_module and not isinstance(error, torch.OutOfMemoryError) else None
-    finally:
-        leaks.undo()
+        return error if of_the_module and not is_out_of_memory(error) else None
     return None

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["MISSING", "TABLES", "PythonState", "is_machinery", "same_items"]
+__all__ = ["MISSING", "TABLES", "PythonState", "is_machinery", "random_states", "same_items", "set_random_states"]
 
 MISSING = object()
 """Stands for an attribute that is not there."""
@@ -42,11 +42,11 @@ class PythonState:
         self.tables = {child: {name: dict(vars(child)[name]) for name in TABLES} for child in self.attributes}
         """The parameters, buffers and submodules of each module."""
         self._unsaved = {child: set(vars(child)[_UNSAVED]) for child in self.attributes}
-        self._random = _random_states()
+        self._random = random_states()
 
     def drawn(self) -> list[str]:
         """The generators from which numbers have been drawn since."""
-        return [name for name, state in _random_states().items() if state != self._random.get(name)]
+        return [name for name, state in random_states().items() if state != self._random.get(name)]
 
     def __enter__(self) -> PythonState:
         return self
@@ -62,7 +62,7 @@ class PythonState:
             for name, content in tables.items():
                 _refill(vars(child)[name], content)
             _refill(vars(child)[_UNSAVED], self._unsaved[child])
-        _set_random_states(self._random)
+        set_random_states(self._random)
 
 
 def same_items(present: Any, content: Any) -> bool:
@@ -86,7 +86,7 @@ def _refill(container: Any, content: Any) -> None:
         container.update(content)
 
 
-def _random_states() -> dict[str, Any]:
+def random_states() -> dict[str, Any]:
     """The states of the generators that PyTorch does not know."""
     states: dict[str, Any] = {"Python's random": random.getstate()}
     if "numpy" in sys.modules:
@@ -95,8 +95,9 @@ def _random_states() -> dict[str, Any]:
     return states
 
 
-def _set_random_states(states: dict[str, Any]) -> None:
-    present = _random_states()
+def set_random_states(states: dict[str, Any]) -> None:
+    """Go back to `random_states` of before."""
+    present = random_states()
     if present["Python's random"] != states["Python's random"]:
         random.setstate(states["Python's random"])
     if "NumPy" in states and present["NumPy"] != states["NumPy"]:

@@ -31,6 +31,7 @@ from lrcnn_lightning.graph.leaks import Leaks
 from lrcnn_lightning.graph.live import LiveTensor, LiveTensors, stand_in
 from lrcnn_lightning.graph.observation import Observation
 from lrcnn_lightning.graph.structure import Structure, refuse_unknown, take_apart
+from lrcnn_lightning.graph.surroundings import balanced
 
 __all__ = ["MODULE", "Trace"]
 
@@ -91,6 +92,7 @@ class Trace:
         with (
             contextlib.redirect_stderr(self._stderr),
             self.observation.observed(),
+            balanced(self.module),
             recorded_hooks(self.module),
             self._paths_noted(),
             _Watch(self.live, self._leaks),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lrcnn_lightning.config import RowConfig, format_count, format_size
-from lrcnn_lightning.errors import ConfigError, PlanError
+from lrcnn_lightning.errors import BudgetError, ConfigError
 from lrcnn_lightning.monitor.measure import without_collector
 from lrcnn_lightning.plan.keeping import KEEPINGS, Keeping
 from lrcnn_lightning.plan.machine import Machine
@@ -59,7 +59,7 @@ def choose_plan(
 ) -> Plan:
     """The plan for a configuration.
 
-    Raises `ConfigError` when more rows are asked for than the input has, and `PlanError` when nothing fits a budget.
+    Raises `ConfigError` when more rows are asked for than the input has, and `BudgetError` when nothing fits a budget.
     """
     height = max(graph.input_height, 1)
     if isinstance(config.rows, int) and config.rows > height:
@@ -79,14 +79,16 @@ def choose_plan(
             return plain
     best = search_plans(graph, leaves, training, config, Machine.of(device), budget, config.max_overhead)
     if budget is not None and best.peak_bytes > budget:
-        raise PlanError(
+        raise BudgetError(
             f"no plan fits memory_budget={format_size(budget)}: the least peak of activation memory that was found is "
             f"{format_size(best.peak_bytes)} ({format_count(best.choices.rows, 'row')}, "
             f"{format_count(best.choices.segments, 'segment')}); plain PyTorch would take "
             f"{format_size(best.plain_peak_bytes)}. At that peak live: "
             f"{held_at_peak(best)}. What helps: a smaller batch or image, half precision, freezing the first layers, "
             "or a larger budget"
-            f"{_OUT_OF_MEMORY}"
+            f"{_OUT_OF_MEMORY}",
+            best,
+            budget,
         )
     found = notes(best, config, budget)
     return replace(best, notes=found) if found else best

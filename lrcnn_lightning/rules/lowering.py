@@ -238,9 +238,9 @@ def _row_dimension(graph: Graph, axis: int | str) -> tuple[int, Value]:
     """The dimension that is split, and the largest input, whose maps have it."""
     maps = [value for value in graph.inputs if len(value.shape) >= 3 and value.dtype.is_floating_point]
     if not maps:
-        shapes = [list(value.shape) for value in graph.inputs]
+        shapes = ", ".join(f"{list(v.shape)}{'' if v.dtype.is_floating_point else f' {v.dtype}'}" for v in graph.inputs)
         raise InputError(
-            f"no input has a spatial axis: the shapes are {shapes}; "
+            f"no input has a spatial axis: the shapes are [{shapes}]; "
             "allowed are maps such as N C H W, N C D H W or N C L"
         )
     largest = max(maps, key=lambda value: value.elements)

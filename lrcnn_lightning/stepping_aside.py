@@ -1,0 +1,29 @@
+"""When a row-wise module steps aside: others look at the module's own code, or run it on tensors of their own."""
+
+from __future__ import annotations
+
+import torch
+import torch.fx
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from lrcnn_lightning.graph import is_rehearsed
+
+__all__ = ["steps_aside"]
+
+
+def steps_aside() -> bool:
+    """Whether the module's own forward is to run now.
+
+    A compiler, an exporter or a tracer is to see the network, not what rows make of it. Transforms of ``torch.func``
+    and forward-mode differentiation have tensors of their own, for which segments have no rules.
+    """
+    return (
+        is_rehearsed()
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch.fx._symbolic_trace._is_fx_tracing_flag
+        or get_proxy_mode() is not None
+    )
