@@ -40,7 +40,7 @@ from lrcnn_lightning.errors import (
     is_out_of_memory,
 )
 from lrcnn_lightning.graph import ONE_AT_A_TIME, capture, in_words, own_error, take_apart, under_autocast
-from lrcnn_lightning.messages import Outcome, fewer_rows, hooks_inside, inner_hooks, least_memory, refused, to_report
+from lrcnn_lightning.messages import Outcome, fewer_rows, least_memory, refused, to_report
 from lrcnn_lightning.plan.autocast import under_autocast_of
 from lrcnn_lightning.plan.machine import Machine
 from lrcnn_lightning.plan.plan import Plan
@@ -232,16 +232,11 @@ class RowwiseForward:
             self.notify(f"{self.where}: {text}")
 
     def _warn_of(self, chosen: Plan) -> None:
-        """Say once what a plan is not as asked for, and which hooks a row-wise run passes by."""
+        """Say once what a plan is not as asked for."""
         if chosen.chunks == self.config.batch_chunks:
             self._said.add("batch_chunks")  # a batch that is divided into fewer is the short one at the end
         for note in chosen.notes:
             self._say(note.option, note.text)
-        hooked = [path for path in inner_hooks(self.name, self.module, chosen) if path not in self._said]
-        if hooked:
-            self._said.update(hooked)
-            smaller = "name smaller modules in `modules`" if self.name else "call rowwise() on smaller modules"
-            self.notify(hooks_inside(hooked, smaller))
 
     def _situated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], RowGraph]:
         """The leaves of the arguments, and the graph for them with the dtypes that its values have in this call."""

@@ -11,14 +11,13 @@ from typing import NamedTuple
 from torch import nn
 
 from lrcnn_lightning.config import RowConfig, format_count, format_size
+from lrcnn_lightning.graph import HookCall
 from lrcnn_lightning.plan.plan import Plan
 from lrcnn_lightning.rules import RowGraph, find_factory
 
 __all__ = [
     "Outcome",
     "fewer_rows",
-    "hooks_inside",
-    "inner_hooks",
     "least_memory",
     "needless_rows",
     "never_called",
@@ -64,7 +63,9 @@ def _whole(name: str, graph: RowGraph) -> Iterator[str]:
     places: dict[tuple[str, str], list[str]] = {}
     sizes: dict[tuple[str, str], int] = {}
     for node in graph.whole_nodes():
-        if not any(graph.is_map(index) for index in node.inputs):
+        if isinstance(node.op, HookCall):
+            reason = "hooks see full maps"
+        elif not any(graph.is_map(index) for index in node.inputs):
             reason = "what it reads has no rows"
         elif find_factory(node.op) is None:
             reason = "it has no row rule"
@@ -78,28 +79,6 @@ def _whole(name: str, graph: RowGraph) -> Iterator[str]:
         more = f" and {len(shown) - _PLACES} more" if len(shown) > _PLACES else ""
         size = format_size(sizes[operation, reason])
         yield f"{operation} at {', '.join(shown[:_PLACES])}{more} ({size}; {reason})"
-
-
-def inner_hooks(name: str, module: nn.Module, plan: Plan) -> Iterator[str]:
-    """The submodules inside a row-wise module whose hooks do not run.
-
-    Those of ``torch.nn.utils`` (weight norm, spectral norm, pruning) compute weights; they are part of the graph.
-    """
-    if plan.mode == "plain":
-        return
-    for inner, child in module.named_modules():
-        tables = (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks)
-        hooks = [hook for table in tables for hook in table.values()]
-        if inner and any(not _origin(hook).startswith("torch.nn.utils") for hook in hooks):
-            yield path(name, inner)
-
-
-def hooks_inside(paths: Sequence[str], smaller: str) -> str:
-    """The warning that hooks on the modules of these names do not run; ``smaller`` is what to do."""
-    return (
-        "hooks inside of row-wise modules do not run, because no full feature map passes there: "
-        f"{_listed(paths)}. Hooks on a row-wise module itself run; {smaller}"
-    )
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -163,10 +142,6 @@ def least_memory(plan: Plan, free: int) -> str:
         "Should the device run out of memory, a smaller batch or image, half precision, or freezing the first layers "
         "help"
     )
-
-
-def _origin(hook: object) -> str:
-    return getattr(hook, "__module__", None) or type(hook).__module__
 
 
 def needless_rows(config: RowConfig, plans: Mapping[str, Plan], free: int) -> str | None:

@@ -595,23 +595,26 @@ def test_the_first_step_reports_what_runs_row_wise(monkeypatch: pytest.MonkeyPat
     assert "body (Sequential): plain PyTorch, which fits: activation peak" in messages[0]
 
 
-def test_inner_hooks_are_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inner_hooks_run_once_a_step_and_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     class Hooked(Task):
         def __init__(self) -> None:
             super().__init__()
-            self.calls = 0
+            self.calls = self.inner = 0
             self.body.register_forward_hook(self.count)
-            self.body[1].register_forward_hook(lambda *_: None)
+            self.body[1].register_forward_hook(self.count_inner)
             torch.nn.utils.spectral_norm(self.body[0])  # a hook that computes a weight is part of the graph
 
         def count(self, *_: Any) -> None:
             self.calls += 1
 
-    messages = logged(monkeypatch, "rank_zero_warn")
+        def count_inner(self, *_: Any) -> None:
+            self.inner += 1
+
+    messages = logged(monkeypatch, "rank_zero_info")
     _, module = fit(LRCNNStrategy(**ROWWISE[0]), Hooked, num_sanity_val_steps=0)
-    hooks = [message for message in messages if "hooks" in message]
-    assert len(hooks) == 1 and "body.1. Hooks" in hooks[0] and "body.0" not in hooks[0]
-    assert module.calls == 2 * (4 + 2), "a hook on the row-wise module itself runs"
+    assert module.calls == module.inner == 2 * (4 + 2)
+    (report,) = (message for message in messages if "row-wise training" in message)
+    assert "hooks at the exit of 1 at body.1" in report and "hooks see full maps" in report
 
 
 def test_a_module_without_convolutions_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ def _sources(graph: Graph, module: nn.Module, inputs: Sequence[Any]) -> dict[int
     return {
         value.index: source_tensor(graph, module, value, inputs)
         for value in graph.values
-        if value.kind is not ValueKind.COMPUTED and not (value.kind is ValueKind.INPUT and value.source >= len(inputs))
+        if value.kind is not ValueKind.COMPUTED and not (isinstance(value.source, int) and value.source >= len(inputs))
     }
 
 

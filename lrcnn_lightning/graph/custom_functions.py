@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionMeta, _SingleLevelFunction
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, track_tensor_tree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from lrcnn_lightning.errors import ConfigError
+from lrcnn_lightning.graph.recorder import record_call, unrecorded
 from lrcnn_lightning.graph.structure import Structure, take_apart
 
 __all__ = ["CustomFunction", "elementwise", "is_elementwise", "recorded_functions"]
@@ -106,14 +106,20 @@ class CustomFunction:
     __repr__ = __str__
 
 
-class _Draws(TorchDispatchMode):
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notices operations that draw random numbers."""
 
-    any = False
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.any = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.any = self.any or torch.Tag.nondeterministic_seeded in function.tags
         return function(*args, **(kwargs or {}))
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 class _Recorder:
@@ -148,7 +154,10 @@ class _Recorder:
             tuple(written),
             drawn,
         )
-        recorded = iter(self._record(call, operands, [item for item in results if isinstance(item, Tensor)]))
+        with unrecorded():
+            fresh = tuple(_like(item) for item in results if isinstance(item, Tensor))
+        record_call(call, operands, fresh)
+        recorded = iter(fresh)
         outputs = [next(recorded) if isinstance(item, Tensor) else item for item in results]
         for number in written:
             for place, item in enumerate(results):
@@ -161,21 +170,10 @@ class _Recorder:
         """What ``forward`` returns, of which nothing is recorded; and whether it drew random numbers."""
         self._aside = True
         try:
-            with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction(), _Draws() as draws:
+            with unrecorded(), _Draws() as draws:
                 return own(*context, *args), draws.any
         finally:
             self._aside = False
-
-    @staticmethod
-    def _record(call: CustomFunction, operands: list[Tensor], results: list[Tensor]) -> tuple[Tensor, ...]:
-        mode = get_proxy_mode()
-        assert mode is not None
-        with disable_proxy_modes_tracing():
-            fresh = tuple(torch.empty_strided(r.shape, r.stride(), dtype=r.dtype, device=r.device) for r in results)
-        tracer = mode.tracer
-        proxy = tracer.create_proxy("call_function", call, tuple(map(tracer.unwrap_proxy, operands)), {})
-        track_tensor_tree(fresh, proxy, constant=None, tracer=tracer)
-        return fresh
 
 
 @contextlib.contextmanager

@@ -23,14 +23,13 @@ from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, track_tensor_tree
 from torch.utils.hooks import BackwardHook
 
 from lrcnn_lightning.errors import CaptureError
 from lrcnn_lightning.fake import current_mode, is_fake
 from lrcnn_lightning.graph.live import stand_in
+from lrcnn_lightning.graph.recorder import record_call, unrecorded
 from lrcnn_lightning.graph.structure import CONSTANTS, Structure, take_apart
 
 __all__ = ["HOOK_TABLES", "HookCall", "computes_weight", "recorded_hooks"]
@@ -74,7 +73,7 @@ class HookCall:
     calls: _Calls = field(default_factory=_Calls)
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        leaves = list(self.leaves)
+        leaves: list[Any] = list(self.leaves)
         for place, tensor in zip(self.tensors, tensors, strict=True):
             leaves[place] = tensor
         if any(map(is_fake, tensors)):  # hooks are not for tensors without data: the planner tries operations on them
@@ -82,15 +81,14 @@ class HookCall:
         tree = self.structure.put_together(leaves)
         tree = self._leave(*tree) if self.at_exit else self._enter(*tree)
         returned, structure = take_apart(tree)
-        results = tuple(returned[place] if place < len(returned) else None for place in self.results)
-        for place, tensor in zip(self.results, results, strict=True):
-            before = leaves[place]
-            if structure != self.structure or not isinstance(tensor, Tensor) or tensor.shape != before.shape:
+        for place in self.results:
+            before, after = leaves[place], returned[place] if structure == self.structure else None
+            if not isinstance(after, Tensor) or after.shape != before.shape:
                 raise CaptureError(
                     f"a hook of {self.path!r} returns something of another shape or structure than it was given, which "
                     "row-wise modules cannot follow; allowed are tensors of the same shapes, or None"
                 )
-        return results
+        return tuple(returned[place] for place in self.results)
 
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.module
@@ -102,11 +100,11 @@ class HookCall:
                 changed = hook(module, args)
                 if changed is not None:
                     args = changed if isinstance(changed, tuple) else (changed,)
-        full, _ = module._get_backward_hooks()
-        before = module._get_backward_pre_hooks()
+        full, _ = module._get_backward_hooks()  # type: ignore[no-untyped-call]
+        before = module._get_backward_pre_hooks()  # type: ignore[no-untyped-call]
         self.calls.backward = BackwardHook(module, full, before) if full or before else None
         if self.calls.backward is not None:
-            args = self.calls.backward.setup_input_hook(args)
+            args = self.calls.backward.setup_input_hook(args)  # type: ignore[no-untyped-call]
         return args, kwargs
 
     def _leave(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
@@ -116,7 +114,7 @@ class HookCall:
             changed = hook(module, args, kwargs, result) if named else hook(module, args, result)
             result = result if changed is None else changed
         if self.calls.backward is not None:
-            result = self.calls.backward.setup_output_hook(result)
+            result = self.calls.backward.setup_output_hook(result)  # type: ignore[no-untyped-call]
         return args, kwargs, result
 
     @property
@@ -200,13 +198,11 @@ def _record(
     taken = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and (arguments or place >= first)]
     constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
     call = kind(module, path, at_exit, constants, structure, tuple(taken), tuple(results), calls)
-    mode, fake_mode = get_proxy_mode(), current_mode()
-    assert mode is not None and fake_mode is not None
-    with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
-        fresh = tuple(stand_in(leaves[place], fake_mode) for place in results)
-    operands = tuple(mode.tracer.unwrap_proxy(leaves[place]) for place in taken)
-    proxy = mode.tracer.create_proxy("call_function", call, operands, {})
-    track_tensor_tree(fresh, proxy, constant=None, tracer=mode.tracer)
+    mode = current_mode()
+    assert mode is not None
+    with unrecorded():
+        fresh = tuple(stand_in(leaves[place], mode) for place in results)
+    record_call(call, [leaves[place] for place in taken], fresh)
     for place, tensor in zip(results, fresh, strict=True):
         leaves[place] = tensor
     return structure.put_together(leaves)

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from lrcnn_lightning.fake import FakeTensorMode, is_fake
 from lrcnn_lightning.graph.graph import ValueKind
+from lrcnn_lightning.graph.recorder import unrecorded
 from lrcnn_lightning.graph.state import is_machinery
 
 __all__ = ["LiveTensor", "LiveTensors", "stand_in"]
@@ -40,10 +40,10 @@ def stand_in(tensor: Tensor, mode: FakeTensorMode, dtype: torch.dtype | None = N
         with mode:
             return mode.from_tensor(tensor, static_shapes=True)
     with mode, torch.enable_grad():
-        kind = {"dtype": dtype or tensor.dtype, "device": tensor.device}
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), **kind)
+        empty = partial(torch.empty_strided, tensor.shape, tensor.stride(), device=tensor.device)
+        fake: Tensor = empty(dtype=dtype or tensor.dtype)
         if tensor.requires_grad and not tensor.is_leaf:
-            return fake.copy_(torch.empty_strided(tensor.shape, tensor.stride(), **kind, requires_grad=True))
+            return fake.copy_(empty(dtype=fake.dtype, requires_grad=True))
         return fake.requires_grad_(tensor.requires_grad)
 
 
@@ -119,7 +119,7 @@ class LiveTensors:
         return live.fake
 
     def _live(self, tensor: Tensor) -> LiveTensor:
-        with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
+        with unrecorded():
             fake = stand_in(tensor, self._mode)
         registered = self._registered.get(id(tensor))
         if registered is not None:

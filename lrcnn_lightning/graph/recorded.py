@@ -125,16 +125,17 @@ class _Reader:
         return self._value(node.name, constant, ValueKind.CONSTANT, key)
 
     def _call(self, node: FxNode, environment: dict[FxNode, Any]) -> Any:
-        args, kwargs = (torch.fx.node.map_arg(tree, lambda n: environment[n]) for tree in (node.args, node.kwargs))
+        args: Any = torch.fx.node.map_arg(node.args, lambda n: environment[n])
+        kwargs: Any = torch.fx.node.map_arg(node.kwargs, lambda n: environment[n])
         if node.target is operator.getitem:
             return args[0][args[1]]
         if self._switched(node, args):
             return None
-        module = node.meta.get(MODULE, "")
+        module = node.target.path if isinstance(node.target, HookCall) else node.meta.get(MODULE, "")
         if not isinstance(node.target, (torch._ops.OpOverload, CustomFunction, HookCall)):
             raise CaptureError(f"{node.target} at {module or 'the top'} is not an ATen operation")
         is_overload = isinstance(node.target, torch._ops.OpOverload)
-        name = str(node.target.name()) if is_overload else str(node.target)  # type: ignore[union-attr, no-untyped-call]
+        name = str(node.target.name()) if is_overload else str(node.target)  # type: ignore[union-attr]
         if name.startswith("aten::_assert") or name == "aten::sym_constrain_range_for_size":
             return None
         fake = node.meta.get("val")

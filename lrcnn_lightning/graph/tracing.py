@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
@@ -30,6 +29,7 @@ from lrcnn_lightning.graph.hooks import recorded_hooks
 from lrcnn_lightning.graph.leaks import Leaks
 from lrcnn_lightning.graph.live import LiveTensor, LiveTensors, stand_in
 from lrcnn_lightning.graph.observation import Observation
+from lrcnn_lightning.graph.recorder import record_attribute, recorded, recorded_graph, root
 from lrcnn_lightning.graph.structure import Structure, refuse_unknown, take_apart
 from lrcnn_lightning.graph.surroundings import balanced
 
@@ -69,14 +69,14 @@ class Trace:
                 stand_in(tensor, self.mode, torch.float32 if wide else None)
                 for tensor, wide in zip(tensors, widened, strict=True)
             ]
-            recorded = make_fx(self._code, pre_dispatch=True, _allow_non_fake_inputs=True)(*examples)
+            program = recorded(self._code, *examples)
         kept = [live for live in self.live if live.fake.requires_grad != live.tensor.requires_grad]
         if kept:
             raise CaptureError(
                 f"its forward writes a value with a gradient into {kept[0].source!r}, which keeps it for later calls; "
                 "write what is detached, or do so under torch.no_grad()"
             )
-        return recorded
+        return program
 
     def _code(self, *tensors: Tensor) -> list[Tensor]:
         """The module as a function of its tensor arguments that returns a list of tensors.
@@ -86,9 +86,7 @@ class Trace:
         remaining = iter(tensors)
         filled = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self._arguments]
         args, kwargs = self._nesting.put_together(filled)
-        mode = get_proxy_mode()
-        assert mode is not None
-        self.observation.recorder = mode.tracer.root
+        self.observation.recorder = root()
         with (
             contextlib.redirect_stderr(self._stderr),
             self.observation.observed(),
@@ -107,21 +105,15 @@ class Trace:
 
     def _introduce(self, live: LiveTensor) -> None:
         """Make the stand-in of a live tensor an attribute of the trace."""
-        mode = get_proxy_mode()
-        assert mode is not None
         name = f"live_{len(self.attributes)}"
         self.attributes[name] = live
-        setattr(mode.tracer.root, name, live.fake)
-        proxy = mode.tracer.create_proxy("get_attr", name, (), {})
-        track_tensor_tree(live.fake, proxy, constant=None, tracer=mode.tracer)
+        record_attribute(name, live.fake)
         self._leaks.note_stand_in(live.fake, live.tensor)
 
     @contextlib.contextmanager
     def _paths_noted(self) -> Iterator[None]:
         """Note on each recorded node which submodule's code it comes from."""
-        mode = get_proxy_mode()
-        assert mode is not None
-        nodes = mode.tracer.graph.nodes
+        nodes = recorded_graph().nodes
         thread, stack = threading.get_ident(), [""]
         last = next(iter(reversed(nodes)))
 
@@ -153,6 +145,14 @@ class Trace:
                 handle.remove()
 
 
+def _getter(name: str) -> Any:
+    return getattr(torch.Tensor, name).__get__
+
+
+def _setter(name: str) -> Any:
+    return getattr(torch.Tensor, name).__set__
+
+
 _REFUSED: dict[Any, str] = {
     torch.Tensor.register_hook: "calls register_hook() on a tensor",
     torch.Tensor.retain_grad: "calls retain_grad() on a tensor",
@@ -161,12 +161,12 @@ _REFUSED: dict[Any, str] = {
     torch.Tensor.backward: "calls backward()",
     torch.autograd.grad: "calls torch.autograd.grad()",
     torch.autograd.backward: "calls torch.autograd.backward()",
-    torch.Tensor.requires_grad.__set__: "sets requires_grad of a tensor",  # type: ignore[attr-defined]
-    torch.Tensor.grad.__get__: "reads the gradient of a tensor",  # type: ignore[attr-defined]
-    torch.Tensor.grad.__set__: "sets the gradient of a tensor",  # type: ignore[attr-defined]
+    _setter("requires_grad"): "sets requires_grad of a tensor",
+    _getter("grad"): "reads the gradient of a tensor",
+    _setter("grad"): "sets the gradient of a tensor",
 }
-_DATA, _SET_DATA = torch.Tensor.data.__get__, torch.Tensor.data.__set__  # type: ignore[attr-defined]
-_VIEWS = {getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")} | {_DATA}
+_DATA, _SET_DATA = _getter("data"), _setter("data")
+_VIEWS = {_DATA, *map(_getter, ("T", "mT", "H", "mH", "real", "imag"))}
 """Properties that are tensors themselves; of the others a live tensor is asked itself."""
 
 
