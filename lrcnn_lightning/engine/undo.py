@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrcnn_lightning.engine.segment import is_random
+from lrcnn_lightning.engine.record import is_random
 from lrcnn_lightning.graph import Node, ValueKind
 from lrcnn_lightning.rules import Operator, RowGraph
 from lrcnn_lightning.rules.dropout import draw_mask
