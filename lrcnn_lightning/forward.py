@@ -40,7 +40,14 @@ from lrcnn_lightning.errors import (
     is_out_of_memory,
 )
 from lrcnn_lightning.graph import ONE_AT_A_TIME, capture, in_words, own_error, take_apart, under_autocast
-from lrcnn_lightning.messages import Outcome, fewer_rows, least_memory, refused, to_report
+from lrcnn_lightning.messages import (
+    BACKWARD,
+    Outcome,
+    fewer_rows,
+    least_memory,
+    refused,
+    to_report,
+)
 from lrcnn_lightning.plan.autocast import under_autocast_of
 from lrcnn_lightning.plan.machine import Machine
 from lrcnn_lightning.plan.plan import Plan
@@ -205,7 +212,7 @@ class RowwiseForward:
             chosen = self._plans.get(plan_key)
             if chosen is None:
                 found = self._chosen(graph, leaves, grad and bool(leaves), device_of(inputs))
-                chosen = _remember(self._plans, plan_key, Execution(found))
+                chosen = _remember(self._plans, plan_key, Execution(found, self._told_by_engine))
                 self._warn_of(found)
             self._plans.move_to_end(plan_key)
         return chosen, inputs
@@ -230,6 +237,9 @@ class RowwiseForward:
         if subject not in self._said:
             self._said.add(subject)
             self.notify(f"{self.where}: {text}")
+
+    def _told_by_engine(self, event: str) -> None:
+        self._say(event, BACKWARD[event])
 
     def _warn_of(self, chosen: Plan) -> None:
         """Say once what a plan is not as asked for."""

@@ -11,11 +11,13 @@ from typing import NamedTuple
 from torch import nn
 
 from lrcnn_lightning.config import RowConfig, format_count, format_size
+from lrcnn_lightning.engine.segment import CHANGED_MAP, SECOND_DERIVATIVE
 from lrcnn_lightning.graph import HookCall
 from lrcnn_lightning.plan.plan import Plan
 from lrcnn_lightning.rules import RowGraph, find_factory
 
 __all__ = [
+    "BACKWARD",
     "Outcome",
     "fewer_rows",
     "least_memory",
@@ -28,6 +30,18 @@ __all__ = [
     "to_report",
 ]
 
+BACKWARD = {
+    SECOND_DERIVATIVE: (
+        "its gradient is differentiated (create_graph=True): for that its segments run plainly, one after the other, "
+        "which is exact and takes the memory of plain PyTorch for the largest of them"
+    ),
+    CHANGED_MAP: (
+        "a map that it has returned was changed in place (as by `features += ...`), and is kept for the backward pass "
+        "as well: it was computed once more, and from now on what it returns and keeps is copied, which takes the "
+        "memory of these maps; `features = features + ...` does without"
+    ),
+}
+"""What to say of a backward pass that takes more than was planned, by what the engine tells."""
 _NAMED = 5
 """Modules that a warning names at most; a profiler puts a hook on every one."""
 _PLACES = 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.fx
 from torch.autograd import forward_ad
@@ -10,6 +12,9 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from lrcnn_lightning.graph import is_rehearsed
 
 __all__ = ["steps_aside"]
+
+_fx = torch.fx._symbolic_trace
+_is_traced: Callable[[], bool] = getattr(_fx, "is_fx_symbolic_tracing", None) or _fx.is_fx_tracing
 
 
 def steps_aside() -> bool:
@@ -24,6 +29,6 @@ def steps_aside() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
-        or torch.fx._symbolic_trace._is_fx_tracing_flag
+        or _is_traced()
         or get_proxy_mode() is not None
     )

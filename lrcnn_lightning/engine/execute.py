@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from lrcnn_lightning.engine.record import CallRecord, SegmentCall
 from lrcnn_lightning.engine.rows import run_node
-from lrcnn_lightning.engine.segment import SegmentCall, run_segment
+from lrcnn_lightning.engine.segment import CHANGED_MAP, run_segment
 from lrcnn_lightning.engine.slabs import Prepared
 from lrcnn_lightning.engine.undo import Before, draws_numbers, written_buffers
 from lrcnn_lightning.errors import InternalError, is_out_of_memory
@@ -57,8 +58,10 @@ def _prefixed(graph: Graph, module: nn.Module, inputs: Sequence[Any]) -> Sequenc
 class Execution:
     """A plan made ready to be run, step after step."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, tell: Callable[[str], None] = lambda event: None) -> None:
+        self.plan, self._tell = plan, tell
+        """``tell`` is told of backward passes that take more than was planned (`engine.segment`)."""
+        self._copies = False
         self._prepared = Prepared(plan.graph)
         self._draws = draws_numbers(plan.graph)
         self._copied = written_buffers(plan.graph)
@@ -83,6 +86,7 @@ class Execution:
     def _run(self, module: nn.Module, inputs: Sequence[Any]) -> Any:
         plan, graph = self.plan, self.plan.graph
         store = _sources(graph.graph, module, _prefixed(graph.graph, module, inputs))
+        record = CallRecord()
         for position in plan.prologue:
             node = graph.nodes[position]
             store.update(zip(node.outputs, run_node(node, store), strict=True))
@@ -93,15 +97,25 @@ class Execution:
                     store.update(zip(node.outputs, run_node(node, store), strict=True))
             else:
                 call = SegmentCall(graph, segment, self._prepared)
-                outputs = run_segment(call, [store[index] for index in segment.inputs])
+                outputs = run_segment(call, [store[index] for index in segment.inputs], record, self._told)
                 store.update(zip(segment.outputs, outputs, strict=True))
             for index in segment.inputs:
                 if plan.last_reader.get(index) == number:
                     store.pop(index, None)
+        if self._copies:
+            kept = {index for segment in plan.segments for index in segment.kept}
+            store.update(
+                {i: store[i].clone() for i in graph.graph.output_values() if i in kept and i in graph.producer}
+            )
         leaves = map_refs(list(graph.graph.outputs), lambda ref: store[ref.index])
         returned = graph.graph.structure.size
         _write(module, graph.graph.writes, leaves[returned:])
         return graph.graph.structure.put_together(leaves[:returned])
+
+    def _told(self, event: str) -> None:
+        """Maps that are returned are copied once one was changed, so that what is kept of the next ones stays."""
+        self._copies = self._copies or event == CHANGED_MAP
+        self._tell(event)
 
 
 def _write(module: nn.Module, writes: Sequence[Write], leaves: list[Any]) -> None:

@@ -51,7 +51,6 @@ class _Join(torch.autograd.Function):
         return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         (shares,) = ctx.saved_tensors
         return gradient * shares, None, None, None

@@ -58,7 +58,8 @@ class _Normalise(torch.autograd.Function):
     """Frozen-statistics batch normalisation that also differentiates its statistics.
 
     Only the input is saved. With g the gradient of y and s = 1/sqrt(variance + eps), two sums over the slab give all:
-    dbias = sum g, dweight = sum g (x - mean) s, dmean = -weight s dbias, dvariance = -1/2 weight s^2 dweight.
+    dbias = sum g, dweight = sum g (x - mean) s, dmean = -weight s dbias, dvariance = -1/2 weight s^2 dweight. Where the
+    gradient is differentiated again, these are computed by operations that can be.
     """
 
     @staticmethod
@@ -70,9 +71,10 @@ class _Normalise(torch.autograd.Function):
         return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, torch.backends.cudnn.enabled)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         x, mean, variance, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable_gradients(ctx.needs_input_grad, gradient, x, mean, variance, weight, ctx.eps)
         x, gradient = _with_plain_strides(x), _with_plain_strides(gradient)
         weight = _like(mean, weight)
         needs = ctx.needs_input_grad
@@ -103,6 +105,26 @@ class _Normalise(torch.autograd.Function):
             for_bias if needs[4] else None,
             None,
         )
+
+
+def _differentiable_gradients(
+    needs: Sequence[bool], gradient: Tensor, x: Tensor, mean: Tensor, variance: Tensor, weight: Any, eps: float
+) -> tuple[Any, ...]:
+    """The gradients of `_Normalise`, of operations that can be differentiated again."""
+    shape, dims = [1, -1] + [1] * (x.dim() - 2), [0, *range(2, x.dim())]
+    scale = torch.rsqrt(variance + eps)
+    weighted = scale if weight is None else scale * weight.to(scale.dtype)
+    wide = gradient.to(scale.dtype)
+    for_bias = wide.sum(dims)
+    for_weight = (wide * (x.to(scale.dtype) - mean.view(shape))).sum(dims) * scale
+    results = (
+        (wide * weighted.view(shape)).to(x.dtype),
+        -weighted * for_bias,
+        -0.5 * weighted * scale * for_weight,
+        None if weight is None else for_weight.to(weight.dtype),
+        for_bias if weight is None else for_bias.to(weight.dtype),
+    )
+    return (*(result if needed else None for result, needed in zip(results, needs, strict=False)), None)
 
 
 def _normalise(
