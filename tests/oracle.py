@@ -2,7 +2,7 @@
 
 What a step shows, and the verdict on each value of it, are those of `lrcnn_lightning.check`: every output, every input
 gradient, every parameter gradient, every buffer, attribute and random number, one by one; a gradient that is missing on
-one side only is a difference. There are no sums, no means, and no parameter is left out. Here no noise excuses an error.
+one side only is a difference. There are no sums, no means, and no parameter is left out. No noise excuses an error.
 """
 
 from __future__ import annotations

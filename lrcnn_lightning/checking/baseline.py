@@ -27,7 +27,7 @@ __all__ = ["STEPS", "Baseline", "is_out_of_memory"]
 
 STEPS = 2
 """Steps that a module runs: what the first one leaves in buffers and attributes, the second one reads."""
-_LARGE = 512 * 2**20
+_LARGE = 256 * 2**20
 """Bytes of activation memory above which a plain step in float64 takes long."""
 _SMALL = 2**17
 """Elements of an example below which its memory needs no measuring."""

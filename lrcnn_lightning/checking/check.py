@@ -23,6 +23,7 @@ from lrcnn_lightning.checking.example import Example
 from lrcnn_lightning.checking.report import CheckReport, Run
 from lrcnn_lightning.checking.state import held_tensors
 from lrcnn_lightning.checking.steps import Loss, Shown, run_steps
+from lrcnn_lightning.checking.subject import put_back_afterwards
 from lrcnn_lightning.errors import ConfigError, InputError
 from lrcnn_lightning.rowwise import rowwise
 
@@ -77,7 +78,8 @@ def examine(module: nn.Module, example: Any, loss: Loss | None = None, **options
             "with data: initialise it, for example by module.to_empty(device='cpu') and module.load_state_dict(...)"
         )
     rowwise(nn.Identity(), **options)  # raises for options that are not allowed
-    with unchanged_generators():
+    # Code inside may hold on to the caller's own module, and a copy of it would run on that.
+    with unchanged_generators(), put_back_afterwards(module):
         baseline = Baseline.of(module, Example.of(module, example), loss)
         runs: list[Run] = []
         comparisons: list[Comparison] = []

@@ -9,10 +9,11 @@ the noise: how far the plain value itself moves when every parameter and input i
 
 Three kinds of values are told apart by their noise:
 
-    it has digits           noise is below 1e-3         exact if error <= max(1e-9, 10 noise)
-    it is zero but for      noise is above, and it is   exact if |got - want| is nothing beside them, too: the bias
-    rounding                nothing beside the others   before a BatchNorm has such a gradient
-    rounding decides        noise is above              not compared: plain PyTorch does not agree with itself
+    it has digits           noise is below 1e-3         exact if error <= max(1e-9, 10 noise), else off
+    it is zero but for      noise is above, and it is   exact if |got - want| is nothing beside them, too, else off:
+    rounding                nothing beside the others   the bias before a BatchNorm has such a gradient
+    rounding decides        noise is above              exact if error <= 1e-9, else not compared, because plain PyTorch
+                                                        does not agree with itself
 
 1e-9 is the promise for float64. Where a module computes in a narrower type, it is four roundings of that type.
 """
@@ -232,27 +233,21 @@ def _judged(
     eps = torch.finfo(precision).eps
     relative = RELATIVE if precision is torch.float64 else _ROUNDINGS * eps
     nothing = min(_NOTHING * eps, 0.01)
-    errors, noises, verdicts, detail = [], [], [], ""
+    errors, noises, detail = [], [], ""
+    verdicts: list[Verdict] = []
     for g, s, n, unit in zip(gap, size, noise, units, strict=True):
-        scale, allowed = s, max(relative, _NOISES * n / s if s else math.inf)
-        if n >= digits(precision) * s:
-            if s <= nothing * unit:
-                scale, allowed = unit, nothing
-                detail = "zero but for rounding; errors are of the largest of its kind"
-            else:
-                allowed = math.nan
-        error = g / scale if scale else (g if g == 0 else math.inf)
+        scale, has_digits = s, n < digits(precision) * s
+        allowed = max(relative, _NOISES * n / s) if has_digits else relative
+        if not has_digits and g > relative * s and s <= nothing * unit:
+            scale, has_digits, allowed = unit, True, nothing
+            detail = "zero but for rounding; errors are of the largest of its kind"
+        error = g / scale if scale else (g and math.inf)
         errors.append(error)
         noises.append(n / scale if scale else n)
-        if allowed != allowed:
-            verdicts.append("not compared")
-        else:
-            verdicts.append("exact" if error <= allowed else "off")
-    verdict: Verdict = "exact"
-    if "not compared" in verdicts:
-        verdict, detail = "not compared", f"rounding alone changes it by {max(noises):.1e}"
-    elif "off" in verdicts:
-        verdict = "off"
+        verdicts.append("exact" if error <= allowed else "off" if has_digits else "not compared")
+    verdict: Verdict = "off" if "off" in verdicts else "not compared" if "not compared" in verdicts else "exact"
+    if verdict == "not compared":
+        detail = f"rounding alone changes it by {max(noises):.1e}"
     return Comparison(*key, verdict, errors[0], errors[1], max(noises), detail)
 
 

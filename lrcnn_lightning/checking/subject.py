@@ -109,6 +109,9 @@ def put_back_afterwards(module: nn.Module) -> Iterator[nn.Module]:
         (tensor, tensor.data, tensor.detach().clone(), tensor.requires_grad, tensor.grad if tensor.is_leaf else None)
         for tensor in held_tensors(module)
     ]
+    for tensor in held_tensors(module):
+        if tensor.is_leaf:
+            tensor.grad = None  # so that nothing is added to what is there
     try:
         with PythonState(module):
             yield restore(module)
