@@ -385,8 +385,10 @@ def test_half_precision_is_checked_in_float64() -> None:
 
 
 def test_under_autocast_it_runs_in_the_types_of_autocast() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
     with torch.autocast("cpu", torch.bfloat16):
-        report = examine(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), image(), **ONE)
+        report = examine(module, image(), **ONE)
     assert (report.dtype, report.precision) == ("float32", "bfloat16") and report.exact, str(report)
 
 
@@ -688,6 +690,15 @@ def test_verdict_on_what_is_there_on_one_side() -> None:
 
 def test_verdict_in_a_narrow_type() -> None:
     key, want = ("output", "output"), torch.ones(4)
-    for factor, verdict in ((1 + 3e-7, "exact"), (1 + 1e-6, "off")):
-        found = compare(key, {key: want * factor}, {key: want}, Distance(0.0, 0.0), 1.0, torch.float32)
-        assert found.verdict == verdict
+    for factor, noise, dtype, verdict in (
+        (1 + 3e-7, 0.0, torch.float32, "exact"),
+        (1 + 1e-6, 0.0, torch.float32, "off"),
+        (1 + 5e-3, 9e-4, torch.float32, "exact"),  # less than ten times the noise
+        (1 + 5e-3, 2e-3, torch.float32, "not compared"),
+        (1.02, 1e-2, torch.bfloat16, "exact"),
+        (1.2, 1e-1, torch.bfloat16, "exact"),
+        (1.4, 1e-1, torch.bfloat16, "off"),  # more than three times the noise
+        (1.4, 3.5e-1, torch.bfloat16, "not compared"),
+    ):
+        found = compare(key, {key: want * factor}, {key: want}, Distance(2 * noise, noise), 1.0, dtype)
+        assert found.verdict == verdict, (factor, noise, dtype)

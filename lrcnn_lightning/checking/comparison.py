@@ -15,7 +15,8 @@ Three kinds of values are told apart by their noise:
     rounding decides        noise is above              exact if error <= 1e-9, else not compared, because plain PyTorch
                                                         does not agree with itself
 
-1e-9 is the promise for float64. Where a module computes in a narrower type, it is four roundings of that type.
+1e-9 is the promise for float64. Where a module computes in a narrower type, it is four roundings of that type. In half
+precision values have digits up to a noise of 40 roundings, and from 1e-3 on three times the noise is allowed.
 """
 
 from __future__ import annotations
@@ -67,9 +68,14 @@ RELATIVE = 1e-9
 _ROUNDINGS = 4
 """The error that is always allowed in a narrower type, in units of its last place."""
 _NOISES = 10
-"""The error that is allowed, in units of the noise: that is the largest of a few samples, and rows round otherwise."""
+_FEW_NOISES = 3
+"""The errors that are allowed, in units of the noise: that is the largest of a few samples, and rows round otherwise.
+The second one is where the noise is above `_DIGITS`, because its type has no more of them.
+"""
 _DIGITS = 1e-3
-"""The noise from which on a value has no digits to compare, or ten roundings of its type, if these are more."""
+_LAST_DIGIT = 40
+"""The noise from which on a value has no digits to compare; the second one in roundings of its type, if that is more.
+"""
 _NOTHING = 1000
 """What is nothing beside the largest value of its kind, in roundings of that value: a sum of many of its terms that
 cancel. At most a hundredth."""
@@ -128,7 +134,7 @@ def what(kind: Kind, name: str) -> str:
 
 def digits(precision: torch.dtype) -> float:
     """The noise from which on a value that is computed in a type has no digits."""
-    return max(_DIGITS, 10 * torch.finfo(precision).eps)
+    return max(_DIGITS, _LAST_DIGIT * torch.finfo(precision).eps)
 
 
 class Distance(NamedTuple):
@@ -237,7 +243,8 @@ def _judged(
     verdicts: list[Verdict] = []
     for g, s, n, unit in zip(gap, size, noise, units, strict=True):
         scale, has_digits = s, n < digits(precision) * s
-        allowed = max(relative, _NOISES * n / s) if has_digits else relative
+        noises_allowed = _NOISES if n < _DIGITS * s else _FEW_NOISES
+        allowed = max(relative, noises_allowed * n / s) if has_digits else relative
         if not has_digits and g > relative * s and s <= nothing * unit:
             scale, has_digits, allowed = unit, True, nothing
             detail = "zero but for rounding; errors are of the largest of its kind"
