@@ -15,6 +15,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_flatten_with_path
 
 from lrcnn_lightning.checking.comparison import Key
@@ -29,14 +30,14 @@ _CLOSED = (type, ModuleType, FunctionType, torch.Generator, torch.dtype, torch.d
 
 
 def held(module: nn.Module) -> Iterator[tuple[Key, Any]]:
-    """Every parameter, buffer and attribute of a module and of its parts, each once."""
-    seen: set[int] = set()
-    for name, parameter in module.named_parameters():
-        seen.add(id(parameter))
-        yield ("parameter", name), parameter
-    for name, buffer in module.named_buffers():
-        seen.add(id(buffer))
-        yield ("buffer", name), buffer
+    """Every parameter, buffer and attribute of a module and of its parts, each once.
+
+    Parameters of lazy layers are there once they have a shape.
+    """
+    registered: list[tuple[Key, Tensor]] = [(("parameter", name), p) for name, p in module.named_parameters()]
+    registered += [(("buffer", name), buffer) for name, buffer in module.named_buffers()]
+    seen = {id(tensor) for _, tensor in registered}
+    yield from ((key, tensor) for key, tensor in registered if not is_lazy(tensor))
     children = dict(module.named_modules())
     seen.update(map(id, children.values()))
     for path, child in children.items():

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -89,7 +90,7 @@ def _multiply(tensors: Iterable[Tensor], seed: int, between: tuple[float, float]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in tensors:
-            if tensor.is_floating_point() or tensor.is_complex():
+            if not is_lazy(tensor) and (tensor.is_floating_point() or tensor.is_complex()):
                 factors = torch.empty(tensor.shape, dtype=torch.float64).uniform_(*between, generator=generator)
                 tensor.mul_(factors.to(tensor.device, tensor.dtype.to_real()))
 
