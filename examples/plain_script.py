@@ -2,6 +2,7 @@
 
     python examples/plain_script.py                               # as Lightning would train it
     python examples/plain_script.py --strategy lrcnn_two_phase    # row by row, with the same weights at the end
+    python examples/plain_script.py --check                       # compare a step by rows with a plain one
 
 Nothing but the import and the argument of the Trainer has to do with rows. A step of this small network would fit
 plainly, too, and the strategy says so in a warning.
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-import lrcnn_lightning  # noqa: F401  (registers the names of the strategies)
+import lrcnn_lightning  # registers the names of the strategies
 
 
 class DigitClassifier(LightningModule):
@@ -68,13 +69,23 @@ def train(strategy: str = "auto", images: int = 64, size: int = 256, epochs: int
     return model
 
 
+def check(size: int = 64) -> lrcnn_lightning.CheckReport:
+    """Compare all that a training step by rows shows with a plain one, and print it."""
+    images = torch.stack([image for image, _ in digits(4, size)])  # N 1 H W
+    return lrcnn_lightning.check(DigitClassifier().network, images)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strategy", default="auto", help="strategy of the Trainer (default: auto)")
     parser.add_argument("--images", type=int, default=64, help="number of images (default: 64)")
     parser.add_argument("--size", type=int, default=256, help="height and width, in pixels (default: 256)")
     parser.add_argument("--epochs", type=int, default=1, help="passes over the images (default: 1)")
+    parser.add_argument("--check", action="store_true", help="check the network instead of training it")
     arguments = parser.parse_args()
+    if arguments.check:
+        check()
+        return
     train(arguments.strategy, arguments.images, arguments.size, arguments.epochs)
 
 

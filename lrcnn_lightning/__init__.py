@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lrcnn_lightning import strategy as _strategy
+from lrcnn_lightning.checking import CheckReport, check
 from lrcnn_lightning.config import RowConfig
 from lrcnn_lightning.errors import (
     CaptureError,
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ActivationMemory",
     "CaptureError",
+    "CheckReport",
     "ConfigError",
     "DoubleBackwardError",
     "InputError",
@@ -44,6 +46,7 @@ __all__ = [
     "PlanError",
     "RowConfig",
     "RowwiseError",
+    "check",
     "elementwise",
     "frontier",
     "plan",

@@ -1,37 +1,37 @@
-"""The oracle applied to the public function: one step of ``rowwise(module)`` against one plain step."""
+"""The oracle applied to the public function: steps of ``rowwise(module)`` against plain steps."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import lrcnn_lightning
-from tests.oracle import difference, differences, observe
+from lrcnn_lightning.checking.check import examine
+from lrcnn_lightning.checking.comparison import RELATIVE
+from tests.oracle import difference, observe
 
 
-def assert_same_step(
-    module: nn.Module, *inputs: Any, tolerance: str = "float64", seed: int = 0, **options: Any
-) -> None:
-    """Outputs, the inputs' gradients, each parameter's gradient and each buffer agree to 1e-9 in float64.
+def assert_same_step(module: nn.Module, *inputs: Any, tolerance: str = "float64", **options: Any) -> None:
+    """Whatever `lrcnn_lightning.check` compares agrees to 1e-9 in float64, and ran row by row.
 
     ``tolerance="float32"``: the error against the float64 step is at most ten times that of the plain float32 step
     (and what a few roundings give), tensor by tensor.
     """
-    given = [x.detach().clone().requires_grad_() for x in inputs]
-    plain, ours = copy.deepcopy(module), copy.deepcopy(module)
-    want = observe(plain, plain, given, seed)
-    got = observe(lrcnn_lightning.rowwise(ours, **options), ours, given, seed)
+    given = tuple(x.detach().clone().requires_grad_() for x in inputs)
     if tolerance == "float64":
-        assert not differences(got, want), "\n".join(differences(got, want))
+        report = examine(module, given, **{"on_unsupported": "error", **options})
+        assert report.exact and report.by_rows, str(report)
+        assert (report.dtype, report.precision) == ("float64", "float64"), str(report)
+        assert all(max(item.error, item.largest) < RELATIVE for item in report.comparisons), str(report)
         return
-    double = copy.deepcopy(module).double()
-    truth = observe(double, double, [x.detach().double().requires_grad_() for x in given], seed)
-    assert got.tensors.keys() == want.tensors.keys()
-    for name, exact in truth.tensors.items():
-        mine, theirs = got.tensors[name], want.tensors[name]
-        assert (mine is None) == (theirs is None), name
-        if mine is not None and theirs is not None and exact is not None:
-            error, plain_error = (difference(t.to(exact.dtype), exact) for t in (mine, theirs))
-            assert error <= max(10 * plain_error, 2e-5), f"{name}: error {error:.2e}, plain {plain_error:.2e}"
+    plain, ours, double = copy.deepcopy(module), copy.deepcopy(module), copy.deepcopy(module).double()
+    want = observe(plain, plain, given, 0)
+    got = observe(lrcnn_lightning.rowwise(ours, **options), ours, given, 0)
+    truth = observe(double, double, [x.detach().double().requires_grad_() for x in given], 0)
+    assert got.keys() == want.keys() == truth.keys()
+    for key, exact in truth.items():
+        if isinstance(exact, Tensor):
+            error, plain_error = (difference(t.to(exact.dtype), exact) for t in (got[key], want[key]))
+            assert error <= max(10 * plain_error, 2e-5), f"{key}: error {error:.2e}, plain {plain_error:.2e}"

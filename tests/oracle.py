@@ -1,21 +1,24 @@
 """The oracle: plain autograd in float64 on the same module.
 
-Every output, every input gradient, every parameter gradient and every buffer is compared one by one; a gradient that
-is missing on one side only is a difference. There are no sums, no means, and no parameter is left out.
+What a step shows, and the verdict on each value of it, are those of `lrcnn_lightning.check`: every output, every input
+gradient, every parameter gradient, every buffer, attribute and random number, one by one; a gradient that is missing on
+one side only is a difference. There are no sums, no means, and no parameter is left out. No noise excuses an error.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
+from lrcnn_lightning.checking.check import compared
+from lrcnn_lightning.checking.comparison import compare
+from lrcnn_lightning.checking.example import Example
+from lrcnn_lightning.checking.steps import Shown, show, weighted
+from lrcnn_lightning.checking.subject import twin
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
 from lrcnn_lightning.engine.rows import run_node
 from lrcnn_lightning.graph import Graph, Ref, ValueKind, capture, map_refs
@@ -23,96 +26,35 @@ from lrcnn_lightning.plan.keeping import Keeping
 from lrcnn_lightning.plan.plan import Choices, build_plan
 from lrcnn_lightning.rules import Interval, Reduction, Role, RowGraph, RowRule, Tile, lower
 
-RELATIVE = 1e-9
-"""Of the largest element of the reference. Where that is below 1e-9 itself, the difference is taken as it is."""
+__all__ = ["assert_exact", "check_rules", "difference", "differences", "observe", "row_graph", "twin"]
 
 MODES = ("two_phase", "overlap")
 KEEPINGS: tuple[Keeping, ...] = ("lean", "narrow", "borders", "demand")
 
 
-@dataclass
-class Observation:
-    """What one training step shows: a name for every tensor, and the tensor, or None where there is no gradient."""
-
-    tensors: dict[str, Tensor | None]
-
-
 def observe(
     forward: Callable[..., Any], module: nn.Module, inputs: Sequence[Any], seed: int, differentiate: bool = True
-) -> Observation:
-    """Run ``forward`` and a backward pass from fixed random gradients of every output."""
-    given = [_leaf(x, differentiate) for x in inputs]
-    torch.manual_seed(seed)
-    with torch.set_grad_enabled(differentiate):
-        result = forward(*given)
-    outputs = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
-    generator = torch.Generator().manual_seed(seed + 1)
-    roots = [o for o in outputs if o.requires_grad]
-    seeds = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in roots]
-    if roots:
-        torch.autograd.backward(roots, seeds)
-    seen: dict[str, Tensor | None] = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
-    seen.update({f"requires_grad of output {i}": torch.tensor(o.requires_grad) for i, o in enumerate(outputs)})
-    seen.update({f"gradient of input {i}": x.grad for i, x in enumerate(given) if isinstance(x, Tensor)})
-    seen.update({f"gradient of {name}": p.grad for name, p in module.named_parameters()})
-    seen.update({f"buffer {name}": b.clone() for name, b in module.named_buffers()})
-    return Observation(seen)
-
-
-def _leaf(x: Any, differentiate: bool) -> Any:
-    if not isinstance(x, Tensor):
-        return x
-    return x.detach().clone().requires_grad_(differentiate and x.is_floating_point() and x.requires_grad)
+) -> Shown:
+    """What one step of ``forward``, which runs ``module``, shows; the loss weighs every output at random."""
+    leaves, given = Example.of(module, tuple(inputs)).fresh(wide=False, move=lambda tensor: None)
+    return show(forward, module, leaves, given, weighted(seed + 1) if differentiate else None, seed)
 
 
 def difference(got: Tensor, want: Tensor) -> float:
-    """The largest difference of an element, over the largest element of ``want`` where that is not about zero."""
-    if got.shape != want.shape or got.dtype != want.dtype:
-        return float("inf")
-    if want.numel() == 0:
-        return 0.0
-    if want.dtype is torch.bool:
-        return float((got != want).any())
-    if want.is_complex():
-        got, want = torch.view_as_real(got.resolve_conj()), torch.view_as_real(want.resolve_conj())
-    same = (got == want) | (got.isnan() & want.isnan())
-    gap = (got.double() - want.double()).abs().masked_fill(same, 0).max().item()
-    scale = want.double().masked_fill(~want.isfinite(), 0).abs().max().item()
-    if gap != gap:
-        return float("inf")
-    return gap / scale if scale > RELATIVE else gap
+    """The difference by the norm or by an element, whichever is larger, relative to ``want`` where that is not zero."""
+    value = ("output", "output")
+    item = compare(value, {value: got}, {value: want})
+    return max(item.error, item.largest)
 
 
-def differences(got: Observation, want: Observation, tolerance: float = RELATIVE) -> list[str]:
+def differences(got: Shown, want: Shown) -> list[str]:
     """A line for everything that differs."""
-    lines = [f"{name}: on one side only" for name in got.tensors.keys() ^ want.tensors.keys()]
-    for name in want.tensors:
-        if name not in got.tensors:
-            continue
-        mine, theirs = got.tensors[name], want.tensors[name]
-        if mine is None or theirs is None:
-            if mine is not theirs:
-                lines.append(f"{name}: {'missing' if mine is None else 'present'}, plainly it is not")
-            continue
-        gap = difference(mine, theirs)
-        if not gap < tolerance:
-            lines.append(f"{name}: differs by {gap:.2e} of {theirs.double().abs().max().item():.2e}")
-    return lines
+    return [str(item) for item in compared(got, want) if not item.exact]
 
 
 def row_graph(module: nn.Module, inputs: Sequence[Any], axis: int | str = "auto") -> RowGraph:
     """Capture and lower."""
     return lower(capture(module, tuple(inputs)), axis)
-
-
-def twin(module: nn.Module) -> nn.Module:
-    """A deep copy; tensors with a history that a module carries (weight norm, pruning) are copied without it."""
-    memo: dict[int, Any] = {}
-    for child in module.modules():
-        for value in vars(child).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(module, memo)
 
 
 def wanting_gradients(inputs: Iterable[Any]) -> list[Any]:

@@ -69,7 +69,8 @@ def test_python_code_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> N
     assert len(code) == 4
     for block in code:
         exec(compile(block, "README.md", "exec"), {})
-    assert "plan: two_phase" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "plan: two_phase" in printed and "lrcnn_lightning.check of Sequential in training mode: exact" in printed
 
 
 def test_the_test_command_is_that_of_the_continuous_integration() -> None:
@@ -109,6 +110,21 @@ def test_plain_script_trains_the_same_weights_either_way(capsys: pytest.CaptureF
                     torch.testing.assert_close(ours[name], tensor, rtol=1e-9, atol=1e-12, msg=name)
     finally:
         torch.set_default_dtype(default)
+
+
+def test_plain_script_checks_its_network(capsys: pytest.CaptureFixture[str]) -> None:
+    report = load("examples/plain_script.py").check(32)
+    assert report.exact and report.by_rows and capsys.readouterr().out == f"{report}\n"
+
+
+def test_python_code_of_the_page_on_checks_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """The report that it shows is the one that is printed, but for the numbers."""
+    text = (REPOSITORY / "docs" / "check.md").read_text(encoding="utf-8")
+    (code,), (shown,) = blocks(text, "python"), blocks(text, "text")
+    exec(compile(code, "check.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    for line in shown.splitlines()[:-1]:
+        assert any(re.split(r"[\d.]", line)[0] == re.split(r"[\d.]", other)[0] for other in printed), line
 
 
 # ------------------------------------------------------------------------------------------------ error texts

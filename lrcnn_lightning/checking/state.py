@@ -1,0 +1,127 @@
+"""What a module holds, by name: parameters, buffers, and whatever is in its attributes.
+
+A value has one name, its registered one if it has one: a parameter that also stands in a list is found under its own
+name. Containers and objects are looked into, to tensors, arrays and plain Python values; functions are not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_flatten_with_path
+
+from lrcnn_lightning.checking.comparison import Key
+from lrcnn_lightning.graph.guards import PLAIN
+from lrcnn_lightning.graph.state import is_machinery
+
+__all__ = ["held", "held_tensors", "named_leaves"]
+
+_MOST = 1000
+"""Things inside of one attribute that are looked at; more is a log, an archive, or the rest of the program."""
+_CLOSED = (type, ModuleType, FunctionType, torch.Generator, torch.dtype, torch.device)
+
+
+def held(module: nn.Module) -> Iterator[tuple[Key, Any]]:
+    """Every parameter, buffer and attribute of a module and of its parts, each once.
+
+    Parameters of lazy layers are there once they have a shape.
+    """
+    registered: list[tuple[Key, Tensor]] = [(("parameter", name), p) for name, p in module.named_parameters()]
+    registered += [(("buffer", name), buffer) for name, buffer in module.named_buffers()]
+    seen = {id(tensor) for _, tensor in registered}
+    yield from ((key, tensor) for key, tensor in registered if not is_lazy(tensor))
+    children = dict(module.named_modules())
+    seen.update(map(id, children.values()))
+    for path, child in children.items():
+        for name, value in list(vars(child).items()):
+            if not is_machinery(name):
+                yield from _Inside(seen).of(value, f"{path}.{name}" if path else name)
+
+
+def held_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that is held, each once."""
+    return (value for _, value in held(module) if isinstance(value, Tensor))
+
+
+class _Inside:
+    """Walks through one attribute."""
+
+    def __init__(self, seen: set[int]) -> None:
+        self.seen, self.count = seen, 0
+
+    def of(self, value: Any, name: str) -> Iterator[tuple[Key, Any]]:
+        self.count += 1
+        if isinstance(value, numpy.generic):
+            value = value.item()
+        if isinstance(value, PLAIN):
+            if self.count <= _MOST:
+                yield ("attribute", name), value
+            return
+        if id(value) in self.seen or self.count > _MOST or isinstance(value, _CLOSED):
+            return
+        self.seen.add(id(value))
+        if isinstance(value, nn.Parameter):
+            yield ("parameter", name), value
+        elif isinstance(value, Tensor):
+            yield ("attribute", name), value
+        elif isinstance(value, numpy.ndarray):
+            if value.dtype.kind in "biufc":
+                yield ("attribute", name), torch.from_numpy(numpy.ascontiguousarray(value))
+        elif isinstance(value, nn.Module):  # one that is hidden from its owner, in a list
+            for (kind, inner), item in held(value):
+                if not isinstance(item, Tensor) or id(item) not in self.seen:
+                    self.seen.add(id(item))
+                    yield (kind, f"{name}.{inner}"), item
+        else:
+            for part, item in _parts(value):
+                yield from self.of(item, f"{name}{part}")
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """What is inside of a container or an object, each with how it is reached."""
+    if isinstance(value, Mapping):
+        for key, item in list(value.items()):
+            yield f"[{key!r}]", item
+    elif isinstance(value, (set, frozenset)):
+        if all(isinstance(item, PLAIN) for item in value):
+            yield "", repr(sorted(value, key=repr))
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        yield from ((f".{field}", getattr(value, field)) for field in value._fields)
+    elif isinstance(value, (list, tuple)):
+        yield from ((f"[{place}]", item) for place, item in enumerate(value))
+    elif isinstance(value, partial):
+        yield from ((f".args[{place}]", item) for place, item in enumerate(value.args))
+        yield from ((f".keywords[{key!r}]", item) for key, item in value.keywords.items())
+    elif isinstance(value, MethodType):
+        yield ".__self__", value.__self__
+    elif hasattr(value, "__dict__"):
+        yield from ((f".{name}", item) for name, item in list(vars(value).items()))
+
+
+def named_leaves(tree: Any, name: str) -> list[tuple[str, Any]]:
+    """The leaves of nested arguments or results, in the order of `graph.take_apart`: ``output["logits"]``."""
+    leaves: list[tuple[str, Any]] = []
+    for path, leaf in tree_flatten_with_path(tree)[0]:
+        full = name + "".join(map(_step, path))
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            for field in dataclasses.fields(leaf):
+                leaves.extend(named_leaves(getattr(leaf, field.name), f"{full}.{field.name}"))
+        else:
+            leaves.append((full, leaf))
+    return leaves
+
+
+def _step(key: Any) -> str:
+    if isinstance(key, SequenceKey):
+        return f"[{key.idx}]"
+    if isinstance(key, MappingKey):
+        return f"[{key.key!r}]"
+    return f".{key.name}" if isinstance(key, GetAttrKey) else str(key)
