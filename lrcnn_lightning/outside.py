@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch._guards import detect_fake_mode
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from lrcnn_lightning.fake import current_mode
 from lrcnn_lightning.messages import outside_call
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class OutsideCalls:
 
     def _look(self, module: nn.Module) -> None:
         name = next((name for name, other in self._modules() if other is module), None)
-        if name is None or detect_fake_mode() is not None:  # a run on tensors without data takes no memory
+        if name is None or current_mode() is not None:  # a run on tensors without data takes no memory
             return
         self.stop()
         self._notify(outside_call(name))

@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lrcnn_lightning.captures import CACHED, Captures, device_of, put_back
 from lrcnn_lightning.config import RowConfig
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
 from lrcnn_lightning.errors import CaptureError, ConfigError, InputError, RowwiseError
+from lrcnn_lightning.fake import new_mode
 from lrcnn_lightning.graph import capture, own_error, take_apart, under_autocast
 from lrcnn_lightning.messages import inner_hooks
 from lrcnn_lightning.plan.autocast import under_autocast_of
@@ -362,7 +362,7 @@ def _rehearsal(
     device = torch.device("cpu") if parameter is None else parameter.device
     restoring = module.__dict__.get("forward")
     previous = restoring.previous if isinstance(restoring, RowwiseForward) else restoring
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with new_mode():
 
         def real(tensor: torch.Tensor) -> torch.Tensor:
             if not tensor.is_meta or device.type == "meta":

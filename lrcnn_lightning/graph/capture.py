@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 from lrcnn_lightning.errors import CaptureError
+from lrcnn_lightning.fake import current_mode, new_mode
 from lrcnn_lightning.graph.exported import Reader, Results
 from lrcnn_lightning.graph.functional import dependent_values, functionalise
 from lrcnn_lightning.graph.graph import Graph, Ref
@@ -239,7 +238,7 @@ def _example(tensor: torch.Tensor, widened: bool) -> torch.Tensor:
     """
     if widened:
         shape, strides, device = tensor.shape, tensor.stride(), tensor.device
-        with detect_fake_mode() or FakeTensorMode(allow_non_fake_inputs=True):
+        with current_mode() or new_mode():
             made = torch.empty_strided(shape, strides, dtype=torch.float32, device=device)
         return made.requires_grad_(tensor.requires_grad)
     if tensor.is_inference():  # the trace refuses these; only their metadata matters

@@ -11,8 +11,10 @@ import gc
 import weakref
 from typing import Any
 
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from lrcnn_lightning.fake import is_fake
 
 __all__ = ["Leaks"]
 
@@ -22,12 +24,12 @@ class Leaks(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._made: list[weakref.ref[FakeTensor]] = []
+        self._made: list[weakref.ref[Tensor]] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for item in result if isinstance(result, (tuple, list)) else (result,):
-            if type(item) is FakeTensor:
+            if is_fake(item):
                 self._made.append(weakref.ref(item))
         return result
 

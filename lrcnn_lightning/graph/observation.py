@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from lrcnn_lightning.errors import CaptureError
+from lrcnn_lightning.fake import is_fake
 from lrcnn_lightning.graph.graph import Write
 from lrcnn_lightning.graph.guards import PLAIN, Guard, Guards, compared
 from lrcnn_lightning.graph.state import MISSING, PythonState, is_machinery, same_items
@@ -130,7 +130,7 @@ class Observation:
                         f"its forward sets {_named(path, name)} to something of type {type(unknown[0]).__name__}; "
                         "allowed are tensors, numbers and strings, and containers of them"
                     )
-                fakes = [leaf for leaf in leaves if isinstance(leaf, FakeTensor)]
+                fakes = [leaf for leaf in leaves if is_fake(leaf)]
                 if fakes and before is None and (id(child), name) in self.reads:
                     self.memos += fakes  # computed because it was None: to be there in the next call
                     continue
@@ -145,7 +145,7 @@ class Observation:
             new: list[Any] = []
             if isinstance(present, dict):
                 new = [value for key, value in present.items() if key not in content or content[key] is not value]
-            if not new or not all(isinstance(value, FakeTensor) for value in new):
+            if not new or not all(map(is_fake, new)):
                 raise CaptureError(
                     f"its forward changes the {type(content).__name__} {_named(paths[child], name)}, which a captured "
                     "graph would not do again; return what is put there, or do so outside of the module"

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from lrcnn_lightning.fake import current_mode, is_fake, new_mode
 from lrcnn_lightning.graph.leaks import Leaks
 from lrcnn_lightning.graph.state import PythonState
 from lrcnn_lightning.graph.structure import take_apart
@@ -31,10 +30,10 @@ def own_error(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
     Nothing is computed; parameters, buffers and random state stay as they are. Code that needs the values of tensors
     raises errors of its own here, of which some cannot be told from the module's, so a plain run has the last word.
     """
-    mode = detect_fake_mode() or FakeTensorMode(allow_non_fake_inputs=True)
+    mode = current_mode() or new_mode()
 
     def fake(tensor: Any) -> Any:
-        if not isinstance(tensor, torch.Tensor) or isinstance(tensor, FakeTensor):
+        if not isinstance(tensor, torch.Tensor) or is_fake(tensor):
             return tensor
         if tensor.is_inference():  # no fake can be made of it; only its metadata matters
             with mode:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lrcnn_lightning.errors import InputError
+from lrcnn_lightning.fake import FakeTensorMode, is_fake, mode_of, new_mode
 from lrcnn_lightning.monitor.meter import MemoryMeter, StepMemory
 
 __all__ = ["measure_fake", "measure_module", "measure_step", "without_collector"]
@@ -130,17 +130,17 @@ def measure_fake(module: nn.Module, *inputs: Any, grad: bool = True, record: boo
         InputError: the inputs come from different fake modes.
     """
     given = [leaf for leaf in tree_leaves((inputs, kwargs)) if isinstance(leaf, Tensor)]
-    modes = {id(tensor.fake_mode): tensor.fake_mode for tensor in given if isinstance(tensor, FakeTensor)}
+    modes = {id(mode): mode for mode in map(mode_of, given) if mode is not None}
     if len(modes) > 1:
         raise InputError(f"inputs come from {len(modes)} fake modes (allowed: one); make all of them under one mode")
-    mode = next(iter(modes.values()), None) or FakeTensorMode(allow_non_fake_inputs=True)
+    mode = next(iter(modes.values()), None) or new_mode()
     held = next(chain(module.parameters(), module.buffers()), None)
     device = torch.device("cpu") if held is None else held.device
 
     fakes: dict[int, Tensor] = {}  # one tensor given twice stays one: attention, for one, looks whether it is
 
     def fake(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or isinstance(leaf, FakeTensor):
+        if not isinstance(leaf, Tensor) or is_fake(leaf):
             return leaf
         if id(leaf) not in fakes:
             if leaf.is_meta:
@@ -176,7 +176,7 @@ def _faked(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
             tables: tuple[dict[str, Any], ...] = (submodule._parameters, submodule._buffers, vars(submodule))
             for table in tables:
                 for name, value in list(table.items()):
-                    if isinstance(value, Tensor) and not isinstance(value, FakeTensor):
+                    if isinstance(value, Tensor) and not is_fake(value):
                         table[name] = fake(value)
                         exchanged.append((table, name, value))
         yield

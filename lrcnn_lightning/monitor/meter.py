@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
-    _get_current_dispatch_mode_stack,
     is_traceable_wrapper_subclass,
 )
 from torch.utils.hooks import RemovableHandle
 
 from lrcnn_lightning.config import format_size
 from lrcnn_lightning.errors import ConfigError
+from lrcnn_lightning.fake import innermost_mode, is_fake, mode_of
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -116,8 +115,7 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._active:
             raise ConfigError("this memory meter is active already; make another one to nest them")
         self._forget()
-        fake_modes = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, FakeTensorMode)]
-        self._fake_mode = fake_modes[-1] if fake_modes else None
+        self._fake_mode = innermost_mode()
         self._foreign_keys = {storage._cdata for storage in _storages(self._foreign)}
         self._hooks: list[RemovableHandle] = [
             parameter.register_post_accumulate_grad_hook(self._exclude_gradient)  # type: ignore[no-untyped-call]
@@ -218,8 +216,8 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _counts(self, tensor: Tensor) -> bool:
         """Whether a tensor stands for memory in this run: the tensors of its fake mode, or those that are real."""
-        if isinstance(tensor, FakeTensor):
-            return tensor.fake_mode is self._fake_mode
+        if is_fake(tensor):
+            return mode_of(tensor) is self._fake_mode
         return self._fake_mode is None and not tensor.is_meta
 
     def _track(self, key: int, storage: torch.UntypedStorage) -> None:

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from lrcnn_lightning.fake import FakeTensorMode, new_mode
 from lrcnn_lightning.graph import Node, Value, map_refs
 from lrcnn_lightning.graph.switches import entered
 from lrcnn_lightning.graph.tap import tapped
@@ -82,7 +82,7 @@ _SCALARS = 64  # bytes of the root, and of what single numbers an operation make
 @cache
 def _fake_mode() -> FakeTensorMode:
     """One for all trials: tensors of several do not go together."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    return new_mode()
 
 
 Autocast = tuple[str, torch.dtype]

@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional
 
+from lrcnn_lightning.fake import with_data
 from lrcnn_lightning.rules.rule import Interval
 
 __all__ = ["Sampling", "quick_nearest"]
@@ -160,7 +160,7 @@ def _nearest_forward(
     mode: str, dimensions: int, size: int, out_size: int, scale: float | None, dtype: torch.dtype, quick: bool
 ) -> tuple[int, ...]:
     """Found out by resizing the numbers of the places."""
-    with unset_fake_temporarily(), torch.no_grad():
+    with with_data(), torch.no_grad():
         column = _column(dimensions, size, dtype, quick and dimensions > 1)
         return tuple(_along(_resized(column, mode, out_size, scale)))
 
@@ -168,7 +168,7 @@ def _nearest_forward(
 @lru_cache(1024)
 def _nearest_backward(mode: str, dimensions: int, size: int, out_size: int, scale: float | None) -> tuple[int, ...]:
     """Found out from how much gradient each place of the source gets: the sources come in order."""
-    with unset_fake_temporarily(), torch.inference_mode(False), torch.enable_grad():
+    with with_data(), torch.inference_mode(False), torch.enable_grad():
         column = torch.zeros([1, 1, size] + [1] * (dimensions - 1), device="cpu", requires_grad=True)
         resized = _resized(column, mode, out_size, scale)
         (counts,) = torch.autograd.grad(resized, column, torch.ones_like(resized))
