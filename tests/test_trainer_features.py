@@ -375,24 +375,62 @@ def test_mixed_precision_on_a_gpu(precision: Any) -> None:
 # Weight averaging
 
 
-def averaging(kind: str) -> Any:
+AVERAGES: dict[str, dict[str, Any]] = {
+    "WeightAveraging": {},  # the mean of all steps
+    "EMAWeightAveraging": {"decay": 0.7},
+    "EMAWeightAveraging, now and then": {"decay": 0.7, "update_every_n_steps": 2, "update_starting_at_step": 2},
+    "EMAWeightAveraging, parameters only": {"decay": 0.7, "use_buffers": False},
+}
+
+
+def averaging(name: str) -> Any:
     library = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging", reason="since Lightning 2.6")
-    return {"mean": library.WeightAveraging, "exponential": library.EMAWeightAveraging}[kind]()
+    return getattr(library, name.partition(",")[0])(**AVERAGES[name])
 
 
-@pytest.mark.parametrize("kind", ["mean", "exponential"])
+@pytest.mark.parametrize("name", AVERAGES)
 @pytest.mark.parametrize("index", range(len(ROWS)), ids=["two_phase", "overlap"])
-def test_weight_averaging(kind: str, index: int, tmp_path: Path) -> None:
+def test_weight_averaging(name: str, index: int, tmp_path: Path) -> None:
     """It copies the module, validates with the averages in its place, and ends with them in it."""
     runs = []
     for strategy in ("auto", rows(index)):
-        callback = averaging(kind)
+        callback = averaging(name)
         trainer, module = fit(strategy, callbacks=[callback])
         average = callback._average_model
-        assert patched(average) == []
+        assert patched(average) == [] and patched(module) == []
         assert all(torch.equal(p, q) for p, q in zip(average.module.parameters(), module.parameters(), strict=True))
         assert int(average.n_averaged) > 1
-        runs.append(trainer)
+        runs.append((trainer, module, average))
+    (plain, _, theirs), (ours, _, average) = runs
+    assert ours.strategy.plans["body"].mode == ROWS[index]["mode"]
+    assert_same(dict(theirs.state_dict()), dict(average.state_dict()), RELATIVE, "averages")
+    assert_same_run(plain, ours, RELATIVE, tmp_path)
+    # An average is not what was trained last: else the comparison would say nothing of averages.
+    trained, _ = fit("auto")
+    last, means = trained.lightning_module.state_dict(), ours.lightning_module.state_dict()
+    assert all(not torch.equal(last[key], means[key]) for key, _ in ours.lightning_module.named_parameters())
+
+
+@pytest.mark.parametrize("first, second", [(None, 0), (1, None), (0, 1)], ids=["to rows", "from rows", "between"])
+def test_weight_averaging_goes_on_from_a_checkpoint(first: int | None, second: int | None, tmp_path: Path) -> None:
+    """The file holds the averages as ``state_dict``, the trained weights beside them, and both go on."""
+    runs, files = [], []
+    for name, before, after in (("plain", None, None), ("ours", first, second)):
+        saver = ModelCheckpoint(tmp_path / name, "broken_off", every_n_train_steps=3)
+        callbacks = [averaging("EMAWeightAveraging"), saver]
+        strategy = "auto" if before is None else rows(before)
+        fit(strategy, callbacks=callbacks, max_steps=3, enable_checkpointing=True)
+        file = tmp_path / name / "broken_off.ckpt"
+        files.append(torch.load(file, weights_only=False))
+        strategy = "auto" if after is None else rows(after)
+        runs.append(fit(strategy, callbacks=[averaging("EMAWeightAveraging")], ckpt_path=str(file))[0])
+        assert runs[-1].global_step == 8
+        loaded = Task.load_from_checkpoint(file, map_location="cpu")
+        assert_same(dict(files[-1]["state_dict"]), dict(loaded.state_dict()), 0, "averages of the file")
+    plain, ours = files
+    for part in ("state_dict", "current_model_state", "averaging_state"):
+        assert_same(dict(plain[part]), dict(ours[part]), RELATIVE, part)
+    assert not torch.equal(ours["state_dict"]["head.weight"], ours["current_model_state"]["head.weight"])
     assert_same_run(*runs, RELATIVE, tmp_path)
 
 

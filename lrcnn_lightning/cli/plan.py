@@ -9,14 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import nn
 
 import lrcnn_lightning
-from lrcnn_lightning.cli.build import build, strategy_options, user_errors
+from lrcnn_lightning.cli.build import application, build, strategy_options, user_errors
 from lrcnn_lightning.config import RowConfig
 from lrcnn_lightning.errors import ConfigError
 from lrcnn_lightning.session import select_modules
@@ -24,7 +23,7 @@ from lrcnn_lightning.session import select_modules
 __all__ = ["main"]
 
 
-@hydra.main(version_base="1.3", config_path="pkg://lrcnn_lightning.conf", config_name="plan")
+@application("plan")
 def main(config: DictConfig) -> None:
     """Print the plan; draw it, too, if ``plot`` names a file. With ``frontier=true``: memory against work."""
     with user_errors():

@@ -12,7 +12,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
@@ -21,13 +20,13 @@ from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_e
 from omegaconf import DictConfig
 from rich.console import Console
 
-from lrcnn_lightning.cli.build import build, build_all, causes, strategy_options, user_errors
+from lrcnn_lightning.cli.build import application, build, build_all, causes, strategy_options, user_errors
 from lrcnn_lightning.cli.summary import StepTimer, summarise
 
 __all__ = ["main", "train"]
 
 
-@hydra.main(version_base="1.3", config_path="pkg://lrcnn_lightning.conf", config_name="train")
+@application("train")
 def main(config: DictConfig) -> float | None:
     """Run one job, or one job of a sweep.
 

@@ -61,6 +61,17 @@ def _hand_up(handed_up: dict[int, Tensor], value: int, gradient: Tensor) -> None
     handed_up[value] = gradient.clone()
 
 
+def _edge(tensor: Tensor) -> torch.autograd.graph.GradientEdge:
+    """The place of a tensor in autograd's graph, which is all that is needed to start there: the tensor itself may go.
+
+    A function that is written in Python lives as long as its results do. A view's node owns it, so that is the place.
+    """
+    if isinstance(tensor.grad_fn, torch.autograd.function.BackwardCFunction):
+        with torch.enable_grad():
+            tensor = tensor.view_as(tensor)
+    return torch.autograd.graph.get_gradient_edge(tensor)
+
+
 class _Lazy(dict[int, Tensor]):
     """Tensors made when first read.
 
@@ -157,9 +168,7 @@ class _BackwardRow:
                     slabs.pop(value, None)
 
     def _seed(self, tensor: Tensor, gradient: Tensor) -> None:
-        # The place in autograd's graph is all that is needed: the tensor itself may go.
-        edge = tensor if tensor.grad_fn is None else torch.autograd.graph.get_gradient_edge(tensor)
-        self.roots.append(edge)
+        self.roots.append(tensor if tensor.grad_fn is None else _edge(tensor))
         self.seeds.append(gradient.to(tensor.dtype))
 
     def _seed_target(self, target: Target, owned: Tensor) -> None:
