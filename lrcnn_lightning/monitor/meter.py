@@ -109,6 +109,8 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._marks: list[int] = []  # number of events after each operation
         self._operations: list[str] = []
         self._serial = 0
+        self.sizes_born: set[int] = set()
+        """Of the storages that were born, in elements of the tensors that they were born with."""
 
     # Entering and leaving
 
@@ -211,6 +213,7 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     given = set() if fresh else {storage._cdata for storage in _storages((args, kwargs))}
                 if key not in given and key not in self._foreign_keys:
                     self._track(key, storage)
+                    self.sizes_born.add(storage.nbytes() // max(tensor.element_size(), 1))
         if self._record:
             self._marks.append(len(self._events))
             self._operations.append(str(func))

@@ -51,6 +51,9 @@ class Footprint(NamedTuple):
     """Each result; 0 for a view."""
     gradients: dict[int, float]
     """The gradient of each map among the inputs that has one."""
+    largest: float
+    """Elements (and not bytes) of the largest tensor that is made on the way, forward or backward, gradients of weights
+    left out."""
 
 
 class Footprints:
@@ -134,6 +137,7 @@ class Footprints:
             whole=at(first.whole, second.whole),
             results=tuple(at(a, b) for a, b in zip(first.results, second.results, strict=True)),
             gradients={number: at(first.gradients[number], b) for number, b in second.gradients.items()},
+            largest=at(first.largest, second.largest),
         )
         return self._named(position, line, computed)
 
@@ -273,7 +277,9 @@ class Footprints:
             wanted = {index: self._bytes(index, needed) for index in maps if index in self.differentiable}
             none: tuple[None, ...] = (None,) * len(outputs)
             total = sum(wanted.values())
-            return Footprint(none, maps, (), {}, 0.0, 0.0, 0.0, total, 0.0, sizes, wanted)
+            elements = [self._bytes(index, rows) / graph.values[index].dtype.itemsize for index in outputs]
+            largest = max(elements, default=0.0)
+            return Footprint(none, maps, (), {}, 0.0, 0.0, 0.0, total, 0.0, sizes, wanted, largest)
         return Footprint(
             tuple(None if view is None else inputs[view] for view in trial.views[: len(outputs)]),
             tuple(inputs[number] for number in trial.saved_inputs),
@@ -286,6 +292,7 @@ class Footprints:
             trial.whole,
             trial.results[: len(outputs)],
             {inputs[number]: size for number, size in trial.gradients.items()},
+            trial.largest,
         )
 
     def _bytes(self, index: int, rows: Interval | None) -> float:

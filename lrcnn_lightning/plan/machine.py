@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["CPU", "Machine"]
+__all__ = ["CPU", "MOST_ELEMENTS", "Machine"]
+
+MOST_ELEMENTS = 2**31 - 1
+"""Elements of a tensor that kernels can count in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Machine:
     seconds_a_call: float = 5e-6
     seconds_a_slab: float = 80e-6
     """Of a call on a slab, with the cutting, carrying and dropping around it."""
+    most_elements: int = MOST_ELEMENTS
+    """Of a tensor that an operation reads or writes (`limit`)."""
 
     @staticmethod
     def of(device: torch.device) -> Machine:

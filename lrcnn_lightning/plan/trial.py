@@ -74,6 +74,8 @@ class Trial(NamedTuple):
     """Bytes of each result, 0 for a view."""
     gradients: dict[int, float]
     """Bytes of the gradient of each counted input that has one."""
+    largest: float
+    """Elements of the largest tensor that is made on the way, forward or backward, gradients of weights left out."""
 
 
 _SCALARS = 64  # bytes of the root, and of what single numbers an operation makes
@@ -179,6 +181,7 @@ class _Attempt:
     def run(self) -> Trial:
         meter, operands = self.meter, self.operands
         tensors = {number: operand.make() for number, operand in operands.items()}
+        meter.sizes_born.clear()
         with torch.no_grad():
             results = self._results(tensors)
             forward = meter.peak_bytes - meter.live_bytes
@@ -212,7 +215,12 @@ class _Attempt:
             self.whole,
             tuple(sizes),
             gradients,
+            self._largest(),
         )
+
+    def _largest(self) -> float:
+        whole = {math.prod(operand.shape) for operand in self.operands.values() if not operand.counted}
+        return float(max(self.meter.sizes_born - whole, default=0))
 
     def _results(self, tensors: Mapping[int, Tensor]) -> list[Any]:
         results = self.call(tensors)

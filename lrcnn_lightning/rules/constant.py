@@ -30,13 +30,15 @@ class Constant:
     def on(self, like: Tensor) -> Tensor:
         """The numbers as a tensor ``[n]`` on the device of ``like``."""
         if like.device.type == "cpu":
-            return self._made(like.device)
+            return torch.tensor(self._numbers, dtype=self._dtype, device="cpu")
         place = like.device, like.fake_mode if isinstance(like, FakeTensor) else None
         if self._held is None or self._held[0] != place:
             # Autograd may save it, which no tensor allows that was made in inference mode.
             with torch.inference_mode(False):
-                self._held = place, self._made(like.device)
+                self._held = place, self._made(like)
         return self._held[1]
 
-    def _made(self, device: torch.device) -> Tensor:
-        return torch.tensor(self._numbers, dtype=self._dtype, device=device)
+    def _made(self, like: Tensor) -> Tensor:
+        if isinstance(like, FakeTensor):
+            return like.new_empty((len(self._numbers),), dtype=self._dtype)
+        return torch.tensor(self._numbers, dtype=self._dtype, device=like.device)

@@ -7,8 +7,8 @@ What ATen computes from a scale is not what the scale says. On the CPU:
     nearest  in its backward pass also copies it, and takes place i // 2 where the size doubles, whatever the scale;
              in its forward pass some kernels do so and others do not, and they round differently
 
-On a GPU, linear and cubic copy only where no axis changes its size, forward and backward. Nearest has one formula for its
-forward and another for its backward pass, both in float32, and they may part, too:
+On a GPU, linear and cubic copy only where no axis changes its size, forward and backward. Nearest has one formula for
+its forward and another for its backward pass, both in float32, and they may part, too:
 
     forward    place o is made of          floor(o * in/out), at most the last
     backward   source i gets the places    ceil(i * out/in) up to ceil((i + 1) * out/in), and those beyond go to none
