@@ -93,7 +93,9 @@ def device_of(inputs: Iterable[Any]) -> torch.device:
 def _metadata(leaf: Any) -> Any:
     """What capture depends on, of one argument."""
     if isinstance(leaf, torch.Tensor):
-        return tuple(leaf.shape), leaf.dtype, leaf.device
+        # On a GPU the memory that operations take depends on the memory format.
+        last = leaf.device.type != "cpu" and leaf.dim() > 3 and leaf.stride(1) == 1
+        return tuple(leaf.shape), leaf.dtype, leaf.device, last
     try:
         hash(leaf)
     except TypeError:

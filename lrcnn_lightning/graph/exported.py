@@ -104,7 +104,8 @@ class Reader:
                 raise CaptureError(f"the shape of {name!r} depends on data: {tuple(fake.shape)}")
             shape.append(size)
         index = len(self.values)
-        self.values.append(Value(index, name, tuple(shape), fake.dtype, fake.device, kind, source))
+        strides = None if kind is ValueKind.COMPUTED else tuple(fake.stride())
+        self.values.append(Value(index, name, tuple(shape), fake.dtype, fake.device, kind, source, strides))
         return Ref(index)
 
     def _inline(self, module: GraphModule, environment: dict[FxNode, Any], context: Context, path: str) -> Any:

@@ -61,6 +61,8 @@ class Value:
     device: torch.device
     kind: ValueKind = ValueKind.COMPUTED
     source: str | int | None = None
+    strides: tuple[int, ...] | None = None
+    """Of what is given, as the capture saw it."""
 
     @cached_property
     def elements(self) -> int:

@@ -68,7 +68,7 @@ def find_oversized(plan: Plan) -> Large | None:
         return None
     if plan.mode == "plain":
         return _plain_oversized(graph, most)
-    footprints, memo = Footprints.of(graph, plan.differentiable), plan.memo or Memo()
+    footprints, memo = Footprints.of(graph, plan.differentiable, plan.machine), plan.memo or Memo()
     found = [_whole(graph, footprints, position) for position in plan.prologue]
     for segment in plan.segments:
         found += [_whole(graph, footprints, position) for position in _run_whole(segment)]

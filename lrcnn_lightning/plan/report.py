@@ -162,7 +162,7 @@ def _carried_bytes(graph: RowGraph, loop: Loop) -> int:
 
 def held_at_peak(plan: Plan) -> str:
     """What makes the predicted peak: the largest maps by name, and everything else by kind, with their bytes."""
-    memory = PeakMemory()
+    memory = PeakMemory(plan.machine)
     program_cost(plan.graph, plan.segments, plan.differentiable, plan.last_reader, plan.machine, memory)
     named: dict[str, int] = {}
     for key, size in memory.at_peak.items():

@@ -146,7 +146,7 @@ def _fewest_rows(plan: Plan, limit: float) -> dict[str, int]:
     needed: dict[str, int] = {}
     present: dict[str, int] = {}
     assert plan.memo is not None
-    footprints, most = Footprints.of(plan.graph, plan.differentiable), plan.machine.most_elements
+    footprints, most = Footprints.of(plan.graph, plan.differentiable, plan.machine), plan.machine.most_elements
     for (loop, *_), fixed, slabs, _ in plan.cost.loops:
         count = present[loop.name] = len(loop.rows)
         left = max(min(plan.peak_bytes - fixed, limit), 1)

@@ -53,6 +53,9 @@ _RESTS = 6
 """How the price of the limit changes at each step, and after how many steps without a change the walk ends."""
 
 
+_AIMS = 3
+"""Searches at most, each for a lower peak than the one before."""
+
 _OUT_OF_MEMORY = " (tools that search for a batch size take this for 'CUDA out of memory')"
 """They know a batch that is too large by these words, on every device."""
 
@@ -87,8 +90,7 @@ def choose_plan(
         plain = plain_plan(graph, leaves, training, machine)
         if plain.oversized is None and plain.peak_bytes <= budget:
             return plain
-    best = search_plans(graph, leaves, training, config, machine, budget, config.max_overhead)
-    check_limit(best)
+    best = _found(graph, leaves, training, config, machine, budget)
     if budget is not None and best.peak_bytes > budget:
         raise PlanError(
             f"no plan fits memory_budget={format_size(budget)}: the least peak of activation memory that was found is "
@@ -101,6 +103,27 @@ def choose_plan(
         )
     found = notes(best, config, budget)
     return replace(best, notes=found) if found else best
+
+
+def _found(
+    graph: RowGraph, leaves: Collection[int], training: bool, config: RowConfig, machine: Machine, budget: int | None
+) -> Plan:
+    """The best plan, with its memory as it is. Raises `PlanError` where an operation has a tensor that is too large.
+
+    On a device that workspaces are tried on, the search takes them from a few heights of rows. Those of the plan that
+    it finds are then tried as they are, and where it does not fit with these, another search aims lower.
+    """
+    memo, aim = Memo(), budget
+    for _ in range(_AIMS):
+        best = search_plans(graph, leaves, training, config, machine, aim, config.max_overhead, memo=memo)
+        check_limit(best)
+        if machine.device is None or best.mode == "plain":
+            return best
+        exact = replace(best, machine=replace(machine, interpolates=False))
+        if budget is None or aim is None or exact.peak_bytes <= budget or best.peak_bytes > aim:
+            return exact
+        aim = aim * budget // exact.peak_bytes
+    return exact
 
 
 def search_plans(
