@@ -149,7 +149,8 @@ def _rehearsal(
         def real(tensor: torch.Tensor) -> torch.Tensor:
             if not tensor.is_meta or device.type == "meta":
                 return tensor
-            return torch.empty(tensor.shape, dtype=tensor.dtype, device=device, requires_grad=tensor.requires_grad)
+            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            return made.requires_grad_(tensor.requires_grad)
 
         leaves, structure = take_apart((args, kwargs))
         leaves = [real(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]

@@ -1,14 +1,25 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
 
 # pytest listens to every logger at every level, which makes torch write a trace of each capture.
 logging.getLogger("torch.__trace").disabled = True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: Any) -> None:
+    """One process for each core, where pytest-xdist is there and nothing else is asked for. A GPU has one for all."""
+    option, is_worker = config.option, "PYTEST_XDIST_WORKER" in os.environ
+    free = not is_worker and getattr(option, "numprocesses", 0) is None and option.dist == "no"
+    if free and option.markexpr != "cuda":
+        option.numprocesses, option.dist = "auto", "worksteal"
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from lrcnn_lightning.plan.machine import MOST_ELEMENTS
 from lrcnn_lightning.rules import Axes, Interval, Tile
 
 __all__ = ["Cuts", "Gradients", "cut", "cuts_of", "taken", "write"]
@@ -101,13 +102,12 @@ class _Filling:
     def finish(self) -> None:
         """Whatever no tile has reached has no gradient."""
         self._close()
-        end = 0
-        for batch in sorted(self._done):
-            if self.axes.batch is not None:
-                self.full.narrow(self.axes.batch, end, batch.lo - end).zero_()
-                end = batch.hi
-        if self.axes.batch is not None:
-            self.full.narrow(self.axes.batch, end, self.full.shape[self.axes.batch] - end).zero_()
+        if self.axes.batch is None:
+            return
+        end, samples = 0, self.full.shape[self.axes.batch]
+        for batch in (*sorted(self._done), Interval(samples, samples)):
+            self._clear(self.full.narrow(self.axes.batch, end, batch.lo - end))
+            end = batch.hi
 
     def _close(self) -> None:
         """The chunk is done."""
@@ -120,7 +120,31 @@ class _Filling:
 
     def _zero(self, start: int, stop: int) -> None:
         if start < stop and self._batch is not None:
-            cut(self.full, self.axes, Tile(Interval(start, stop), self._batch)).zero_()
+            self._clear(cut(self.full, self.axes, Tile(Interval(start, stop), self._batch)))
+
+    def _clear(self, part: Tensor) -> None:
+        assert self.axes.row is not None
+        for (piece,) in _pieces(self.axes.row, part) if part.numel() else ():
+            piece.zero_()
+
+
+def _pieces(axis: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape along an axis, in pieces that are small enough for one operation, of a line at least."""
+    height, elements = tensors[0].shape[axis], tensors[0].numel()
+    lines = height if elements <= MOST_ELEMENTS else max(1, height * MOST_ELEMENTS // elements)
+    for start in range(0, height, max(1, lines)):
+        length = min(lines, height - start)
+        yield tuple(tensor.narrow(axis, start, length) for tensor in tensors)
+
+
+def _duplicate(full: Tensor, axes: Axes) -> Tensor:
+    """A copy of a full map."""
+    if full.numel() <= MOST_ELEMENTS or axes.row is None:
+        return full.clone()
+    copy = torch.empty_like(full)
+    for part, given in _pieces(axes.row, copy, full):
+        part.copy_(given)
+    return copy
 
 
 def _is_part(tensor: Tensor) -> bool:
@@ -198,7 +222,7 @@ class Gradients:
             self._filling[value].add(gradient, tile)
             return
         if value in self._borrowed:
-            present = present.clone()
+            present = _duplicate(present, axes)
             self._tensors[value] = present
             self._borrowed.discard(value)
         cut(present, axes, tile).add_(gradient)

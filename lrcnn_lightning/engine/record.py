@@ -38,9 +38,8 @@ class Ambient:
     @staticmethod
     def now(kinds: set[str]) -> Ambient:
         """That of these kinds of devices."""
-        return Ambient(
-            [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in sorted(kinds)]
-        )
+        known = sorted(filter(torch.amp.is_autocast_available, kinds))  # of some, such as ``meta``, it knows nothing
+        return Ambient([(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in known])
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -16,7 +16,7 @@ from lrcnn_lightning.errors import InputError
 from lrcnn_lightning.fake import FakeTensorMode, is_fake, mode_of, new_mode
 from lrcnn_lightning.monitor.meter import MemoryMeter, StepMemory
 
-__all__ = ["measure_fake", "measure_module", "measure_step", "without_collector"]
+__all__ = ["measure_fake", "measure_module", "measure_step", "measured_by", "without_collector"]
 
 
 @contextmanager
@@ -77,13 +77,20 @@ def measure_module(
         record: Fill ``timeline`` and ``operations`` of the result.
         kwargs: Keyword arguments of the module.
     """
+    return measured_by(MemoryMeter(module, record=record), module, inputs, kwargs, grad)
+
+
+def measured_by(
+    meter: MemoryMeter, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], grad: bool
+) -> StepMemory:
+    """As `measure_module` does, by a meter for the module."""
     for tensor in tree_leaves((inputs, kwargs)):
         if isinstance(tensor, Tensor) and tensor.is_leaf and tensor.requires_grad:
             tensor.grad = None
     module.zero_grad(set_to_none=True)
 
     backward_start = 0
-    with without_collector(), MemoryMeter(module, record=record) as meter:
+    with without_collector(), meter:
         if grad:
             sums, seeds = _summed(meter, module(*inputs, **kwargs))
             backward_start = len(meter.operations)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -79,6 +79,9 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             the meter are left out, too.
         exclude: Further tensors that existed before, and that an operation may return without having been given.
         record: Also keep ``timeline`` and ``operations``; costs an int and a name for each operation.
+        rounded: The bytes that count for a storage of so many.
+        passing: The bytes that an operation, called with these arguments, takes for itself beside its results, which a
+            meter does not see.
 
     After the meter has been left, its figures stay as they were at that moment.  It may be entered again, which starts
     from nothing.
@@ -92,12 +95,15 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         *,
         exclude: Iterable[Tensor] = (),
         record: bool = False,
+        rounded: Callable[[int], int] | None = None,
+        passing: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], int] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._module = module if isinstance(module, nn.Module) else None
         self._tensors = () if module is None or isinstance(module, nn.Module) else tuple(module)
         self._foreign = tuple(exclude)
         self._record = record
+        self._rounded, self._passing = rounded, passing
         self._active = False
         self._forget()
 
@@ -108,6 +114,8 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._marks: list[int] = []  # number of events after each operation
         self._operations: list[str] = []
         self._serial = 0
+        self.sizes_born: set[int] = set()
+        """Of the storages that were born, in elements of the tensors that they were born with."""
 
     # Entering and leaving
 
@@ -201,7 +209,7 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 key = storage._cdata
                 live = self._live.get(key)
                 if live is not None:
-                    self._resize(live, storage.nbytes())
+                    self._resize(live, self._counted(storage))
                     continue
                 if given is None:
                     # ``torch.tensor`` fills a tensor outside of every operation and hands it over with this one.
@@ -209,6 +217,10 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     given = set() if fresh else {storage._cdata for storage in _storages((args, kwargs))}
                 if key not in given and key not in self._foreign_keys:
                     self._track(key, storage)
+                    self.sizes_born.add(storage.nbytes() // max(tensor.element_size(), 1))
+        if self._passing is not None and (size := self._passing(func, args, kwargs)):
+            self._serial += 1
+            self._events += [(self._serial, size), (self._serial, -size)]
         if self._record:
             self._marks.append(len(self._events))
             self._operations.append(str(func))
@@ -222,8 +234,12 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _track(self, key: int, storage: torch.UntypedStorage) -> None:
         self._serial += 1
-        self._live[key] = _Live(self._serial, storage.nbytes(), weakref.ref(storage, partial(self._released, key)))
-        self._events.append((self._serial, storage.nbytes()))
+        nbytes = self._counted(storage)
+        self._live[key] = _Live(self._serial, nbytes, weakref.ref(storage, partial(self._released, key)))
+        self._events.append((self._serial, nbytes))
+
+    def _counted(self, storage: torch.UntypedStorage) -> int:
+        return storage.nbytes() if self._rounded is None else self._rounded(storage.nbytes())
 
     def _released(self, key: int, reference: weakref.ref[torch.UntypedStorage]) -> None:
         live = self._live.get(key)
@@ -258,7 +274,7 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for live in self._live.values():
             storage = live.reference() if live.reference is not None else None
             if storage is not None:
-                self._resize(live, storage.nbytes())
+                self._resize(live, self._counted(storage))
         buffers = self._module.buffers() if self._module is not None else ()
         for tensor in chain(self._parameters(), buffers):
             self.exclude(tensor)

@@ -72,10 +72,11 @@ class _Simulation:
     ) -> None:
         self.graph, self.differentiable = graph, differentiable
         known = memo or Memo()
-        self.passages = known.simulated = known.simulated or Passages(graph, differentiable)
+        self.passages = known.simulated = known.simulated or Passages(graph, differentiable, machine)
         self.durations = known.durations = known.durations or Durations(graph, machine, differentiable)
         self.work = self.durations.work
-        self.memory = self.passages.memory = memory or Memory()
+        self.machine = machine
+        self.memory = self.passages.memory = memory or Memory(machine)
         self.memo = memo
         self.seconds = 0.0
         self.step_peaks: list[int] = []
@@ -99,10 +100,10 @@ class _Simulation:
         found = self.memo.passages.get(key)
         if found is None:
             outside = self.seconds, self.loops, self.step_peaks
-            self.memory = self.passages.memory = Memory()
+            self.memory = self.passages.memory = Memory(self.machine)
             self.seconds, self.loops, self.step_peaks = 0.0, [], []
             for k, size in given.items():
-                self.memory.allocate(k, size)
+                self.memory.put(k, size)
             run()
             left = tuple(self.memory.entries())
             found = Passage(self.memory.peak, self.seconds, left, name, tuple(self.loops), tuple(self.step_peaks))
@@ -116,7 +117,7 @@ class _Simulation:
             if k not in after:
                 memory.free(k)
         for k, size in after.items():
-            memory.allocate(k, size)
+            memory.put(k, size)
         self.seconds += found.seconds
         return found, rest
 

@@ -11,7 +11,7 @@ Nodes that do the same on the same shapes share their trials.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,9 @@ from torch import Tensor
 
 from lrcnn_lightning.graph import Ref, map_refs
 from lrcnn_lightning.graph.switches import entered
-from lrcnn_lightning.plan.trial import Operand, Trial, called, results_of, tried, without_data
+from lrcnn_lightning.plan.machine import CPU, Machine
+from lrcnn_lightning.plan.trial import Operand, Trial, called, dense_strides, results_of, tried, without_data
+from lrcnn_lightning.plan.workspace import Call, Workspaces, between
 from lrcnn_lightning.rules import Interval, Reduction, Role, RowGraph, RowRule, Tile
 
 __all__ = ["Footprint", "Footprints"]
@@ -51,26 +53,31 @@ class Footprint(NamedTuple):
     """Each result; 0 for a view."""
     gradients: dict[int, float]
     """The gradient of each map among the inputs that has one."""
+    largest: float
+    """Elements (and not bytes) of the largest tensor that is made on the way, forward or backward, gradients of weights
+    left out."""
 
 
 class Footprints:
     """The footprints of the nodes of a graph; ``differentiable`` are the values that have a gradient."""
 
-    def __init__(self, graph: RowGraph, differentiable: Collection[int]) -> None:
-        self.graph, self.differentiable = graph, differentiable
-        self._trials: dict[Any, Trial | None] = graph.learned.setdefault("trials", {})
+    def __init__(self, graph: RowGraph, differentiable: Collection[int], machine: Machine = CPU) -> None:
+        self.graph, self.differentiable, self.machine = graph, differentiable, machine
+        self._workspaces = Workspaces(machine, graph.learned.setdefault("workspaces", {}))
+        kind = "trials by format" if machine.caching else "trials"
+        self._trials: dict[Any, Trial | None] = graph.learned.setdefault(kind, {})
         self._found: dict[tuple[int, int, int, int], Footprint] = {}
         self._reductions: dict[int, tuple[float, float]] = {}
         self._slabs: dict[tuple[int, Interval], Trial | None] = {}
-        self._strides: dict[int, tuple[int, ...]] | None = graph.learned.get("strides")
+        self._strides: dict[int, tuple[int, ...]] | None = graph.learned.get(self._strides_key)
 
     @classmethod
-    def of(cls, graph: RowGraph, differentiable: Collection[int]) -> Footprints:
+    def of(cls, graph: RowGraph, differentiable: Collection[int], machine: Machine = CPU) -> Footprints:
         """Those that are known of the graph already, if any are."""
-        known: dict[frozenset[int], Footprints] = graph.learned.setdefault("footprints", {})
-        key = frozenset(differentiable)
+        known: dict[Any, Footprints] = graph.learned.setdefault("footprints", {})
+        key = frozenset(differentiable), machine.caching, machine.device, machine.interpolates
         if key not in known:
-            known[key] = cls(graph, differentiable)
+            known[key] = cls(graph, differentiable, machine)
         return known[key]
 
     def slab(self, position: int, computed: Interval) -> Footprint:
@@ -87,7 +94,11 @@ class Footprints:
         key = (position, -1, 0, 0)
         found = self._found.get(key)
         if found is None:
-            found = self._found[key] = self._named(position, self._whole_trial(position), None)
+            trial = self._whole_trial(position)
+            found = self._named(position, trial, None)
+            if trial is not None:
+                found = self._with_workspaces(found, *map(self._largest_workspace, trial.products))
+            self._found[key] = found
         return found
 
     def reduction(self, position: int, rows: int, samples: int) -> tuple[float, float]:
@@ -112,7 +123,7 @@ class Footprints:
             if all(rule.needed(Interval(row, row + 1)).length == middle for row in (0, height - 1)):
                 top = bottom = False
         if (top and bottom) or height < _HIGH + 2:
-            return self._named(position, self._slab_trial(position, computed), computed)
+            return self._alone(position, computed)
         low, high = _LOW, _HIGH
         trials = []
         for rows in (low, high):
@@ -120,7 +131,7 @@ class Footprints:
             trials.append(self._slab_trial(position, Interval(lo, lo + rows)))
         first, second = trials
         if first is None or second is None or first.gradients.keys() != second.gradients.keys():
-            return self._named(position, self._slab_trial(position, computed), computed)
+            return self._alone(position, computed)
         part = (length - low) / (high - low)
 
         def at(a: float, b: float) -> float:
@@ -134,8 +145,50 @@ class Footprints:
             whole=at(first.whole, second.whole),
             results=tuple(at(a, b) for a, b in zip(first.results, second.results, strict=True)),
             gradients={number: at(first.gradients[number], b) for number, b in second.gradients.items()},
+            largest=at(first.largest, second.largest),
         )
-        return self._named(position, line, computed)
+        products = zip(first.products, second.products, strict=True)
+        workspaces = (self._workspace(*calls, length, height) for calls in products)
+        return self._with_workspaces(self._named(position, line, computed), *workspaces)
+
+    def _alone(self, position: int, computed: Interval) -> Footprint:
+        """From one trial of a row."""
+        trial = self._slab_trial(position, computed)
+        found = self._named(position, trial, computed)
+        return found if trial is None else self._with_workspaces(found, *map(self._largest_workspace, trial.products))
+
+    # ---------------------------------------------------------------- workspaces
+
+    def _with_workspaces(self, footprint: Footprint, forward: float, backward: float) -> Footprint:
+        """With the bytes that kernels take forward and backward."""
+        if not (forward or backward):
+            return footprint
+        return footprint._replace(
+            forward=footprint.forward + forward,
+            recompute=footprint.recompute + forward,
+            backward=footprint.backward + backward,
+        )
+
+    def _largest_workspace(self, calls: Sequence[Call]) -> float:
+        """Of calls one after another."""
+        return max(map(self._workspaces.of, calls), default=0) if self.machine.caching else 0.0
+
+    def _workspace(self, low: Sequence[Call], high: Sequence[Call], length: int, height: int) -> float:
+        """Of the calls on a row of some length, given those on the two lengths that are tried."""
+        if not self.machine.caching or [call.operation for call in low] != [call.operation for call in high]:
+            return self._largest_workspace(high) * length / _HIGH
+
+        def at(lines: int) -> float:
+            part = (lines - _LOW) / (_HIGH - _LOW)
+            return self._largest_workspace([between(*pair, part) for pair in zip(low, high, strict=True)])
+
+        if not self.machine.interpolates:
+            return at(length)
+        below, above = _neighbours(length, height)
+        if below == above:
+            return at(length)
+        share = (length - below) / (above - below)
+        return (1 - share) * at(below) + share * at(above)
 
     def _slab_trial(self, position: int, computed: Interval) -> Trial | None:
         key = (position, computed)
@@ -179,7 +232,7 @@ class Footprints:
         signature = self._signature(position, key, operands)
         if signature not in self._trials:
             try:
-                self._trials[signature] = tried(call, operands, self.graph.autocast)
+                self._trials[signature] = tried(call, operands, self.graph.autocast, self.machine.caching)
             except Exception:  # some operations have no backward pass without data: taken to save their inputs
                 self._trials[signature] = None
         return self._trials[signature]
@@ -205,18 +258,26 @@ class Footprints:
         wanted = index in self.differentiable and (value.dtype.is_floating_point or value.dtype.is_complex)
         counted = graph.is_map(index) or (rows is None and value.kind.value == "computed")
         made_by_rows = index in graph.producer and graph.roles[graph.producer[index]] is Role.ROW
-        # Rows are written to a map that is contiguous; a slab may be a view.
-        known = None if rows is None and made_by_rows else self._known_strides().get(index)
-        strides = _dense(shape, known)
+        # Rows are written to a map that is contiguous; a slab may be a view. On a GPU memory formats are told apart.
+        plain = rows is None and made_by_rows and not self.machine.caching
+        known = None if plain else self._known_strides().get(index)
+        strides = dense_strides(shape, known)
         return Operand(tuple(shape), strides, value.dtype, value.device, counted, wanted)
 
     def _known_strides(self) -> dict[int, tuple[int, ...]]:
         """The strides of each value, from one run of the graph without data and without autograd."""
         if self._strides is None:
-            self._strides = self.graph.learned["strides"] = {}
+            self._strides = self.graph.learned[self._strides_key] = {}
+            if self.machine.caching:
+                given = ((value.index, value.strides) for value in self.graph.values)
+                self._strides.update((index, strides) for index, strides in given if strides is not None)
             with without_data(self.graph.autocast), torch.no_grad():
                 self._run_for_strides(self._strides)
         return self._strides
+
+    @property
+    def _strides_key(self) -> str:
+        return "strides by format" if self.machine.caching else "strides"
 
     def _run_for_strides(self, strides: dict[int, tuple[int, ...]]) -> None:
         graph = self.graph
@@ -226,7 +287,7 @@ class Footprints:
             tensors: dict[int, Tensor] = {}
             for index in node.inputs:
                 value = graph.values[index]
-                given = strides.get(index) or _dense(value.shape, None)
+                given = dense_strides(value.shape, strides.get(index))
                 tensors[index] = torch.empty_strided(value.shape, given, dtype=value.dtype, device=value.device)
             for index, result in results_of(node, tensors, graph.values).items():
                 strides[index] = tuple(result.stride())
@@ -273,7 +334,9 @@ class Footprints:
             wanted = {index: self._bytes(index, needed) for index in maps if index in self.differentiable}
             none: tuple[None, ...] = (None,) * len(outputs)
             total = sum(wanted.values())
-            return Footprint(none, maps, (), {}, 0.0, 0.0, 0.0, total, 0.0, sizes, wanted)
+            elements = [self._bytes(index, rows) / graph.values[index].dtype.itemsize for index in outputs]
+            largest = max(elements, default=0.0)
+            return Footprint(none, maps, (), {}, 0.0, 0.0, 0.0, total, 0.0, sizes, wanted, largest)
         return Footprint(
             tuple(None if view is None else inputs[view] for view in trial.views[: len(outputs)]),
             tuple(inputs[number] for number in trial.saved_inputs),
@@ -286,6 +349,7 @@ class Footprints:
             trial.whole,
             trial.results[: len(outputs)],
             {inputs[number]: size for number, size in trial.gradients.items()},
+            trial.largest,
         )
 
     def _bytes(self, index: int, rows: Interval | None) -> float:
@@ -293,14 +357,11 @@ class Footprints:
         return size if rows is None or not height else size * rows.length / height
 
 
-def _dense(shape: Any, order: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Strides without gaps of a shape, its dimensions in the order of other strides; contiguous without these."""
-    dimensions = sorted(range(len(shape)), key=lambda d: (-order[d], d) if order else (0, d))
-    strides, step = [0] * len(shape), 1
-    for dimension in reversed(dimensions):
-        strides[dimension] = step
-        step *= max(shape[dimension], 1)
-    return tuple(strides)
+def _neighbours(length: int, height: int) -> tuple[int, int]:
+    """The lengths next to one at which workspaces are tried: powers of two, one and a half times these, the map's."""
+    below = 1 << (length.bit_length() - 1)
+    lengths = (below, below * 3 // 2, 2 * below)
+    return max(h for h in lengths if h <= length), min(height, min(h for h in lengths if h >= length))
 
 
 def _frozen(tree: Any) -> Any:

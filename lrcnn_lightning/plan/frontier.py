@@ -7,6 +7,7 @@ computed again).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,15 +102,17 @@ def find_frontier(
     machine = Machine.of(device)
     plain = plain_plan(graph, leaves, training, machine)
     start = Point(plain.peak_bytes, 0.0, "plain PyTorch")
-    tried: dict[Choices, tuple[int, float]] = {}
+    tried: dict[Choices, tuple[float, float]] = {}
     memo = Memo()
     for overhead in _OVERHEADS:
         search_plans(graph, leaves, training, config, machine, None, overhead, tried, memo)
-    rows = [Point(peak, seconds / plain.cost.seconds - 1, _words(c)) for c, (peak, seconds) in tried.items()]
+    allowed = {choices: cost for choices, cost in tried.items() if math.isfinite(cost[0])}
+    rows = [Point(int(peak), seconds / plain.cost.seconds - 1, _words(c)) for c, (peak, seconds) in allowed.items()]
     checkpoints = []
     for segments in _CHECKPOINTS if training else ():
         made = build_plan(graph, leaves, training, Choices("overlap", 1, segments, 1, "borders"), machine, memo)
-        checkpoints.append(Point(made.peak_bytes, made.overhead, format_count(segments, "segment")))
+        if made.oversized is None:
+            checkpoints.append(Point(made.peak_bytes, made.overhead, format_count(segments, "segment")))
     chosen = [point for point in _best([*rows, start]) if point is not start]
     return Frontier(tuple(_thinned(chosen)), tuple(_best(checkpoints)), start)
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ["CPU", "Machine"]
+_BLOCK, _SEGMENT, _OWN_SEGMENT, _REST = 512, 2 * 2**20, 10 * 2**20, 2**20
+
+__all__ = ["CPU", "MOST_ELEMENTS", "Machine"]
+
+MOST_ELEMENTS = 2**31 - 1
+"""Elements of a tensor that kernels can count in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,26 @@ class Machine:
     seconds_a_call: float = 5e-6
     seconds_a_slab: float = 80e-6
     """Of a call on a slab, with the cutting, carrying and dropping around it."""
+    most_elements: int = MOST_ELEMENTS
+    """Of a tensor that an operation reads or writes (`limit`)."""
+    caching: bool = False
+    """Whether memory comes in blocks of a caching allocator, and kernels take workspaces: a GPU."""
+    device: torch.device | None = None
+    """Where operations are tried for their workspaces; where they are not, bounds hold (`workspace`)."""
+    interpolates: bool = True
+    """Whether workspaces are tried at some heights of rows alone, and lie in between at others."""
+
+    def rounded(self, size: float) -> int:
+        """The bytes that count for a tensor of ``size`` bytes.
+
+        PyTorch's caching allocator gives out multiples of 512 B. Large tensors get segments of their own, multiples of
+        2 MiB, of which a rest is cut off only if it is larger than 1 MiB.
+        """
+        if not self.caching or size <= 0:
+            return int(size)
+        block = -(-int(size) // _BLOCK) * _BLOCK
+        segment = -(-block // _SEGMENT) * _SEGMENT
+        return segment if block >= _OWN_SEGMENT and segment - block <= _REST else block
 
     @staticmethod
     def of(device: torch.device) -> Machine:
@@ -43,7 +68,9 @@ class Machine:
         """
         if device.type == "cpu" or (device.type == "meta" and not torch.cuda.is_available()):
             return CPU
-        return Machine(40e12, 2e12, 2e12, 2e12, 2e12, float("inf"), 2e12, 8e-6, 60e-6)
+        tried_on = device if device.type == "cuda" and torch.cuda.is_available() else None
+        gpu = Machine(40e12, 2e12, 2e12, 2e12, 2e12, float("inf"), 2e12, 8e-6, 60e-6)
+        return replace(gpu, caching=True, device=tried_on)
 
 
 CPU = Machine()

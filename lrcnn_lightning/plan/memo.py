@@ -14,6 +14,7 @@ from lrcnn_lightning.plan.halos import Row
 if TYPE_CHECKING:
     from lrcnn_lightning.plan.builder import ProgramBuilder
     from lrcnn_lightning.plan.duration import Durations
+    from lrcnn_lightning.plan.limit import Large
     from lrcnn_lightning.plan.loop import Loop, LoopRun
     from lrcnn_lightning.plan.passage import Passages
     from lrcnn_lightning.plan.program import SegmentProgram
@@ -73,3 +74,5 @@ class Memo:
     """What is kept of the maps of a segment, by its nodes and by what is chosen."""
     divided: dict[Any, SegmentProgram] = field(default_factory=dict)
     """Segments with other numbers of rows, by what they were and the rows of their loops."""
+    largest: dict[Any, tuple[Large, tuple[Row, ...]]] = field(default_factory=dict)
+    """The largest tensor of an operation of a loop, by the ``id`` of its rows (which are kept) and its samples."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from lrcnn_lightning.plan.machine import CPU, Machine
+
 __all__ = ["Memory", "PeakMemory"]
 
 
 class Memory:
     """Live bytes by key, and their peak. A key is a tuple whose first entry names a family."""
 
-    def __init__(self) -> None:
+    def __init__(self, machine: Machine = CPU) -> None:
+        self.machine = machine
         self.live = 0
         self._before = 0  # the peak until the last mark
         self._recent = 0  # the peak since then
@@ -31,11 +34,19 @@ class Memory:
 
     def allocate(self, key: tuple[Any, ...], size: float) -> None:
         """A tensor under a key that is not in use; under one in use, nothing happens."""
+        self.put(key, self.machine.rounded(size))
+
+    def allocate_alike(self, key: tuple[Any, ...], size: float, count: int) -> None:
+        """So many tensors of one size under one key."""
+        self.put(key, self.machine.rounded(size) * count if self.machine.caching else int(size * count))
+
+    def put(self, key: tuple[Any, ...], size: int) -> None:
+        """Count so many bytes under a key that is not in use; under one in use, nothing happens."""
         family = self._families.setdefault(key[0], {})
         if key in family:
             return
-        family[key] = int(size)
-        self.live += int(size)
+        family[key] = size
+        self.live += size
         self._recent = max(self._recent, self.live)
         self.timeline.append(self.live)
 
@@ -87,13 +98,13 @@ class Memory:
 class PeakMemory(Memory):
     """Also remembers what is live at the peak: key -> bytes."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, machine: Machine = CPU) -> None:
+        super().__init__(machine)
         self.at_peak: dict[tuple[Any, ...], int] = {}
 
-    def allocate(self, key: tuple[Any, ...], size: float) -> None:
+    def put(self, key: tuple[Any, ...], size: int) -> None:
         before = self.peak
-        super().allocate(key, size)
+        super().put(key, size)
         if self.peak > before:
             self.at_peak = {key: size for family in self._families.values() for key, size in family.items()}
 

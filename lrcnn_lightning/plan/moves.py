@@ -29,6 +29,8 @@ class Moves:
         self.points = cut_points(graph, nodes) if nodes else []
         self.first = nodes[0] if nodes else 0
         self.barriers = graph.barriers > 0
+        rows = [part.rows for part in start.explicit.parts] if start else []
+        self.most_rows = max(_MOST_ROWS, 2 * max(rows, default=1))
         self.samples = graph.input_samples if config.batch_chunks == "auto" and graph.batch_splits else 0
 
     def of(self, plan: Plan) -> Iterator[Choices]:
@@ -53,7 +55,7 @@ class Moves:
         """The same segment with another choice."""
         if self.config.rows == "auto":
             for rows in (part.rows * 2, part.rows * 3 // 2, part.rows // 2):
-                if 1 < rows <= _MOST_ROWS:
+                if 1 < rows <= self.most_rows:
                     yield replace(part, rows=rows)
         yield replace(part, heights="balanced" if part.heights == "even" else "even")
         keepings: list[Keeping] = ["lean", "demand", "narrow", "borders"]

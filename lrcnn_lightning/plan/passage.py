@@ -13,6 +13,7 @@ from lrcnn_lightning.plan.duration import alike_chunks
 from lrcnn_lightning.plan.footprint import Footprints
 from lrcnn_lightning.plan.halos import Row
 from lrcnn_lightning.plan.loop import BackwardPass, Loop
+from lrcnn_lightning.plan.machine import Machine
 from lrcnn_lightning.plan.memory import Memory
 from lrcnn_lightning.plan.retained import bytes_of, sum_bytes
 from lrcnn_lightning.plan.row import SimulatedRow
@@ -24,10 +25,10 @@ __all__ = ["Passages"]
 class Passages:
     """Simulates loops; allocates in ``memory``."""
 
-    def __init__(self, graph: RowGraph, differentiable: Collection[int]) -> None:
+    def __init__(self, graph: RowGraph, differentiable: Collection[int], machine: Machine) -> None:
         self.graph = graph
-        self.footprints = Footprints.of(graph, differentiable)
-        self.memory = Memory()
+        self.footprints = Footprints.of(graph, differentiable, machine)
+        self.memory = Memory(machine)
 
     def rows(self, loop: Loop, kept_carries: Collection[int], stored: bool) -> None:
         """The forward pass of a loop."""
@@ -63,7 +64,7 @@ class Passages:
                     if after.lo < after.new:
                         key = ("keep" if position in kept_carries else "carry", loop.name, chunk, r, value)
                         size = bytes_of(graph, value, after.new - after.lo, samples)
-                        memory.allocate(key, size * alike if key[0] == "keep" else size)
+                        memory.allocate_alike(key, size, alike if key[0] == "keep" else 1)
                 if value in readers:
                     self._reduce(readers[value], value, row, samples)
                 if stored and value in loop.stored:

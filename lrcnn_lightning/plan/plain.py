@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from lrcnn_lightning.graph import Graph, Node, Ref, Value, ValueKind, map_refs
 from lrcnn_lightning.graph.switches import entered
-from lrcnn_lightning.monitor.measure import measure_module
+from lrcnn_lightning.monitor.measure import measured_by
+from lrcnn_lightning.monitor.meter import MemoryMeter
 from lrcnn_lightning.plan.cost import Cost
 from lrcnn_lightning.plan.machine import CPU, Machine
 from lrcnn_lightning.plan.retained import is_parameter
 from lrcnn_lightning.plan.trial import Autocast, without_data
 from lrcnn_lightning.plan.work import Work, is_weight
+from lrcnn_lightning.plan.workspace import Workspaces
 from lrcnn_lightning.rules import Role, RowGraph
 
 __all__ = ["plain_cost"]
@@ -28,38 +30,47 @@ __all__ = ["plain_cost"]
 
 def plain_cost(graph: RowGraph, differentiable: Collection[int], machine: Machine = CPU) -> Cost:
     """The cost of one step of plain, column-centric execution."""
-    key = frozenset(differentiable)
-    known: dict[frozenset[int], tuple[int, tuple[int, ...]]] = graph.learned.setdefault("plain", {})
+    key = frozenset(differentiable), machine.caching, machine.device
+    known: dict[Any, tuple[int, tuple[int, ...]]] = graph.learned.setdefault("plain", {})
     if key not in known:
-        known[key] = _memory(graph.captured, differentiable, graph.autocast)
+        workspaces = Workspaces(machine, graph.learned.setdefault("workspaces", {}))
+        known[key] = _memory(graph.captured, differentiable, graph.autocast, workspaces)
     peak, timeline = known[key]
     return Cost(peak, _seconds(graph, differentiable, machine), timeline)
 
 
-def _memory(graph: Graph, differentiable: Collection[int], autocast: Autocast | None) -> tuple[int, tuple[int, ...]]:
+def _memory(
+    graph: Graph, differentiable: Collection[int], autocast: Autocast | None, workspaces: Workspaces
+) -> tuple[int, tuple[int, ...]]:
     """The peak of activation memory of a step, and what is live after each operation, in bytes."""
+    counted: dict[str, Any] = {}
+    if workspaces.machine.caching:
+        counted = {"rounded": workspaces.machine.rounded, "passing": workspaces.taken}
     for in_place in (True, False):
         with without_data(), contextlib.suppress(Exception):
-            module = _Captured(graph, differentiable, in_place, autocast)
-            inputs = [_made(value).requires_grad_(value.index in differentiable) for value in graph.inputs]
-            step = measure_module(module, *inputs, grad=bool(differentiable), record=True)
+            module = _Captured(graph, differentiable, in_place, autocast, workspaces.machine.caching)
+            inputs = [module.made(value).requires_grad_(value.index in differentiable) for value in graph.inputs]
+            meter = MemoryMeter(module, record=True, **counted)
+            step = measured_by(meter, module, tuple(inputs), {}, bool(differentiable))
             return step.peak_bytes, step.timeline
     # Some operation has no backward pass without data: as if every result were kept.
     total = sum(graph.values[output].bytes for node in graph.nodes for output in node.outputs)
     return total, (total,)
 
 
-def _made(value: Value) -> Tensor:
-    return torch.empty(value.shape, dtype=value.dtype, device=value.device)
-
-
 class _Captured(nn.Module):
     """The captured operations as a module whose tensors have no data."""
 
     def __init__(
-        self, graph: Graph, differentiable: Collection[int], in_place: bool, autocast: Autocast | None
+        self,
+        graph: Graph,
+        differentiable: Collection[int],
+        in_place: bool,
+        autocast: Autocast | None,
+        by_format: bool,
     ) -> None:
         super().__init__()
+        self._by_format = by_format
         self._autocast = (
             contextlib.nullcontext() if autocast is None else torch.autocast(autocast[0], dtype=autocast[1])
         )
@@ -69,10 +80,16 @@ class _Captured(nn.Module):
         for value in graph.values:
             if value.kind in (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT):
                 wanted = value.index in differentiable
-                self._given[value.index] = nn.Parameter(_made(value)) if wanted else _made(value)
+                self._given[value.index] = nn.Parameter(self.made(value)) if wanted else self.made(value)
         parameters = [tensor for tensor in self._given.values() if isinstance(tensor, nn.Parameter)]
         self._held = nn.ParameterList(parameters)
         self._dropped = _dropped(graph)
+
+    def made(self, value: Value) -> Tensor:
+        """A tensor for a value that is given; in the memory format of the capture where formats are told apart."""
+        if self._by_format and value.strides is not None:
+            return torch.empty_strided(value.shape, value.strides, dtype=value.dtype, device=value.device)
+        return torch.empty(value.shape, dtype=value.dtype, device=value.device)
 
     def forward(self, *inputs: Tensor) -> Any:
         with self._autocast:

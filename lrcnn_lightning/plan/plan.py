@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lrcnn_lightning.plan.builder import ProgramBuilder
 from lrcnn_lightning.plan.cost import Cost, program_cost
 from lrcnn_lightning.plan.keeping import Keeping, choose_residencies
+from lrcnn_lightning.plan.limit import Large, find_oversized
 from lrcnn_lightning.plan.loop import Loop
 from lrcnn_lightning.plan.machine import CPU, Machine
 from lrcnn_lightning.plan.memo import Memo
@@ -123,6 +124,11 @@ class Plan:
         return program_cost(*parts, memo=self.memo)
 
     @cached_property
+    def oversized(self) -> Large | None:
+        """The largest tensor that an operation has, if it has more elements than the machine allows."""
+        return find_oversized(self)
+
+    @cached_property
     def plain_cost(self) -> Cost:
         """Predicted cost of one step of plain PyTorch."""
         return plain_cost(self.graph, self.differentiable, self.machine)
@@ -220,7 +226,8 @@ def build_plan(
     """Segments, residencies and row intervals for some choices.
 
     ``leaves`` are the inputs and parameters that require a gradient; without ``training`` there is no backward pass.
-    A plan whose peak is above ``most_bytes`` is not made to use its room: nobody wants it.
+    A plan whose peak is above ``most_bytes``, or one of whose tensors is too large (`limit`), is not made to use its
+    room: nobody wants it.
     """
     remembered, memo = memo is not None, memo or Memo()
     wanted = frozenset(leaves)
@@ -282,7 +289,7 @@ def build_plan(
         segments.append(program)
     prologue = tuple(p for p in range(len(graph.nodes)) if graph.roles[p] is Role.PROLOGUE)
     plan = Plan(graph, choices, tuple(segments), frozenset(differentiable), training, prologue, machine, memo=memo)
-    if most_bytes == math.inf or plan.peak_bytes <= most_bytes:
+    if plan.oversized is None and (most_bytes == math.inf or plan.peak_bytes <= most_bytes):
         plan = with_room(plan, builders)
     return plan if remembered else replace(plan, memo=None)
 

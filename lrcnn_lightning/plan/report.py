@@ -7,12 +7,6 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
-
 from lrcnn_lightning.config import format_size
 from lrcnn_lightning.plan.cost import program_cost
 from lrcnn_lightning.plan.loop import Loop
@@ -79,6 +73,12 @@ def report(plan: Plan) -> str:
 
 def _table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """A table as text that fits any width."""
+    from rich import box  # for those who print a plan alone
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     numbers = ("stages", "rows", "lines a row", "carries", "of", "of plain time, forward")
     for column in columns:
@@ -162,7 +162,7 @@ def _carried_bytes(graph: RowGraph, loop: Loop) -> int:
 
 def held_at_peak(plan: Plan) -> str:
     """What makes the predicted peak: the largest maps by name, and everything else by kind, with their bytes."""
-    memory = PeakMemory()
+    memory = PeakMemory(plan.machine)
     program_cost(plan.graph, plan.segments, plan.differentiable, plan.last_reader, plan.machine, memory)
     named: dict[str, int] = {}
     for key, size in memory.at_peak.items():

@@ -20,6 +20,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lrcnn_lightning.plan.builder import ProgramBuilder
+from lrcnn_lightning.plan.footprint import Footprints
+from lrcnn_lightning.plan.limit import largest_of_loop
 from lrcnn_lightning.plan.loop import Loop, redivide
 from lrcnn_lightning.plan.memo import Memo
 from lrcnn_lightning.plan.program import BackwardRows, RunRows, SegmentProgram, Step, Sweep
@@ -55,6 +57,8 @@ def _better(plan: Plan, segments: Sequence[SegmentProgram]) -> Plan:
     if tuple(segments) == plan.segments:
         return plan
     other = replace(plan, segments=tuple(segments))
+    if other.oversized is not None:
+        return plan
     return other if other.peak_bytes <= plan.peak_bytes and other.cost.seconds < plan.cost.seconds else plan
 
 
@@ -141,9 +145,14 @@ def _fewest_rows(plan: Plan, limit: float) -> dict[str, int]:
     """
     needed: dict[str, int] = {}
     present: dict[str, int] = {}
+    assert plan.memo is not None
+    footprints, most = Footprints.of(plan.graph, plan.differentiable, plan.machine), plan.machine.most_elements
     for (loop, *_), fixed, slabs, _ in plan.cost.loops:
         count = present[loop.name] = len(loop.rows)
         left = max(min(plan.peak_bytes - fixed, limit), 1)
         rows = count if loop.carries else math.ceil(count * slabs * _MARGIN / left)
+        if rows < count:
+            elements = largest_of_loop(plan.graph, footprints, loop, plan.memo).elements
+            rows = max(rows, min(count, math.ceil(count * elements * _MARGIN / most)))
         needed[loop.name] = max(needed.get(loop.name, 1), rows)
     return {name: rows for name, rows in needed.items() if rows < present[name]}

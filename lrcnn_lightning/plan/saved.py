@@ -12,6 +12,7 @@ from typing import Any
 from lrcnn_lightning.config import format_count, format_size
 from lrcnn_lightning.errors import PlanError
 from lrcnn_lightning.plan.data import choices_of
+from lrcnn_lightning.plan.limit import check_limit
 from lrcnn_lightning.plan.machine import CPU, Machine
 from lrcnn_lightning.plan.plan import Plan, build_plan, plain_plan
 from lrcnn_lightning.rules import RowGraph
@@ -90,7 +91,11 @@ class SavedPlan:
         return "\n".join(lines)
 
     def of(self, graph: RowGraph, leaves: Collection[int], training: bool, machine: Machine = CPU) -> Plan:
-        """The plan for a graph. Raises `PlanError` where its axis or its operations are not those of the graph."""
+        """The plan for a graph.
+
+        Raises `PlanError` where its axis or its operations are not those of the graph, and where an operation would
+        have a tensor that is too large (`limit`).
+        """
         if self.axis is not None and graph.axis != self.axis:
             raise PlanError(
                 f"the plan cuts dimension {self.axis} of the input into rows, and here it is dimension {graph.axis}; "
@@ -98,7 +103,9 @@ class SavedPlan:
             )
         if self.mode == "plain":
             return plain_plan(graph, leaves, training, machine)
-        return build_plan(graph, leaves, training, choices_of(self.data, graph), machine)
+        plan = build_plan(graph, leaves, training, choices_of(self.data, graph), machine)
+        check_limit(plan)
+        return plan
 
 
 def load_plan(given: Plan | SavedPlan | Mapping[str, Any] | str | Path) -> SavedPlan:

@@ -19,6 +19,7 @@ from lrcnn_lightning.config import RowConfig, format_count, format_size
 from lrcnn_lightning.errors import BudgetError, ConfigError
 from lrcnn_lightning.monitor.measure import without_collector
 from lrcnn_lightning.plan.keeping import KEEPINGS, Keeping
+from lrcnn_lightning.plan.limit import check_limit, largest_map
 from lrcnn_lightning.plan.machine import Machine
 from lrcnn_lightning.plan.memo import Memo
 from lrcnn_lightning.plan.moves import Moves
@@ -30,6 +31,8 @@ from lrcnn_lightning.rules import RowGraph
 __all__ = ["choose_plan", "free_bytes", "search_plans", "usable_bytes"]
 
 _ROWS = (2, 4, 8, 16, 32)
+_MORE = (1.1, 1.5, 2, 4)
+"""Where maps are so large that they must be divided: times the fewest rows that this takes."""
 _SEGMENTS = (1, 2, 3, 4, 6, 8, 12, 16)
 _SHARE_OF_FREE = 0.8
 _SMALL = 250
@@ -50,17 +53,27 @@ _RESTS = 6
 """How the price of the limit changes at each step, and after how many steps without a change the walk ends."""
 
 
+_AIMS = 3
+"""Searches at most, each for a lower peak than the one before."""
+
 _OUT_OF_MEMORY = " (tools that search for a batch size take this for 'CUDA out of memory')"
 """They know a batch that is too large by these words, on every device."""
 
 
 def choose_plan(
-    graph: RowGraph, leaves: Collection[int], training: bool, config: RowConfig, device: torch.device
+    graph: RowGraph,
+    leaves: Collection[int],
+    training: bool,
+    config: RowConfig,
+    device: torch.device,
+    machine: Machine | None = None,
 ) -> Plan:
-    """The plan for a configuration.
+    """The plan for a configuration; ``machine`` is that of the device unless given.
 
-    Raises `ConfigError` when more rows are asked for than the input has, and `BudgetError` when nothing fits a budget.
+    Raises `ConfigError` when more rows are asked for than the input has, `BudgetError` when nothing fits a budget, and
+    `PlanError` when nothing keeps the limit on what an operation may have (`limit`).
     """
+    machine = machine or Machine.of(device)
     height = max(graph.input_height, 1)
     if isinstance(config.rows, int) and config.rows > height:
         shapes = ", ".join(str(list(v.shape)) for v in graph.graph.inputs)
@@ -69,15 +82,15 @@ def choose_plan(
             f"allowed are 1 to {height}, or 'auto'"
         )
     if graph.axis is None:  # no input is longer than one
-        return plain_plan(graph, leaves, training, Machine.of(device))
+        return plain_plan(graph, leaves, training, machine)
     budget = config.budget_bytes
     if budget == "auto":
         budget = usable_bytes(device) if config.fits_free_memory else None
     if config.chooses_freely and budget is not None and not graph.communicates:
-        plain = plain_plan(graph, leaves, training, Machine.of(device))
-        if plain.peak_bytes <= budget:
+        plain = plain_plan(graph, leaves, training, machine)
+        if plain.oversized is None and plain.peak_bytes <= budget:
             return plain
-    best = search_plans(graph, leaves, training, config, Machine.of(device), budget, config.max_overhead)
+    best = _found(graph, leaves, training, config, machine, budget)
     if budget is not None and best.peak_bytes > budget:
         raise BudgetError(
             f"no plan fits memory_budget={format_size(budget)}: the least peak of activation memory that was found is "
@@ -94,6 +107,27 @@ def choose_plan(
     return replace(best, notes=found) if found else best
 
 
+def _found(
+    graph: RowGraph, leaves: Collection[int], training: bool, config: RowConfig, machine: Machine, budget: int | None
+) -> Plan:
+    """The best plan, with its memory as it is. Raises `PlanError` where an operation has a tensor that is too large.
+
+    On a device that workspaces are tried on, the search takes them from a few heights of rows. Those of the plan that
+    it finds are then tried as they are, and where it does not fit with these, another search aims lower.
+    """
+    memo, aim = Memo(), budget
+    for _ in range(_AIMS):
+        best = search_plans(graph, leaves, training, config, machine, aim, config.max_overhead, memo=memo)
+        check_limit(best)
+        if machine.device is None or best.mode == "plain":
+            return best
+        exact = replace(best, machine=replace(machine, interpolates=False))
+        if budget is None or aim is None or exact.peak_bytes <= budget or best.peak_bytes > aim:
+            return exact
+        aim = aim * budget // exact.peak_bytes
+    return exact
+
+
 def search_plans(
     graph: RowGraph,
     leaves: Collection[int],
@@ -102,7 +136,7 @@ def search_plans(
     machine: Machine,
     budget: int | None,
     max_overhead: float,
-    tried: dict[Choices, tuple[int, float]] | None = None,
+    tried: dict[Choices, tuple[float, float]] | None = None,
     memo: Memo | None = None,
 ) -> Plan:
     """The best plan that is found; ``tried`` takes the peak (bytes) and the work (seconds) of every one tried.
@@ -112,16 +146,18 @@ def search_plans(
     height = graph.input_height
     search = _Search(graph, leaves, training, budget, max_overhead, machine, memo or Memo())
     with without_collector():
-        for options in _stages(graph, config, height, training):
+        for options in _stages(graph, config, height, training, machine):
             search.vary(options)
-        if budget is not None:
-            search.vary(_grid(graph, config, height, training))
-            search.try_dismissed()
-        moves = Moves(graph, config, search.best)
-        search.refine(moves)
+        search.divide_more(config, height)
         assert search.best is not None
-        if budget is not None and search.best.overhead > _DEAR:
-            search.refine_the_other_way(moves)
+        if search.best.oversized is None:
+            if budget is not None:
+                search.vary(_grid(graph, config, height, training))
+                search.try_dismissed()
+            moves = Moves(graph, config, search.best)
+            search.refine(moves)
+            if budget is not None and search.best.overhead > _DEAR:
+                search.refine_the_other_way(moves)
     if tried is not None:
         tried.update(search.tried)
     return replace(search.best, memo=None)
@@ -143,7 +179,7 @@ class _Search:
         self.machine, self.memo = machine, memo
         self.graph, self.leaves, self.training = graph, leaves, training
         self.budget, self.max_overhead = budget, max_overhead
-        self.tried: dict[Choices, tuple[int, float]] = {}
+        self.tried: dict[Choices, tuple[float, float]] = {}
         self.dismissed: list[Choices] = []
         self.best: Plan | None = None
         self.barriers = graph.barriers if training else 0
@@ -247,12 +283,12 @@ class _Search:
     def _rank_of(self, plan: Plan) -> tuple[float, ...]:
         return self._rank(*self.tried[plan.choices])
 
-    def _exceeds(self, peak: int, seconds: float) -> bool:
+    def _exceeds(self, peak: float, seconds: float) -> bool:
         if self.budget is not None:
             return peak > self.budget
         return seconds > self.plain.seconds * (1 + self.max_overhead)
 
-    def _priced(self, peak: int, seconds: float, price: float) -> float:
+    def _priced(self, peak: float, seconds: float, price: float) -> float:
         """What is wanted less of, and at a price what is limited, both by their logarithms."""
         wanted, limited = (seconds, peak) if self.budget is not None else (peak, seconds)
         return math.log(max(wanted, 1e-12)) + price * math.log(max(limited, 1e-12))
@@ -263,7 +299,10 @@ class _Search:
     def _try(self, choices: Choices, most_bytes: float = math.inf) -> Plan:
         """Build and price a plan, and remember it if it is the best one so far."""
         plan = self._made(choices, most_bytes)
-        self.tried[choices] = plan.cost.peak_bytes, plan.cost.seconds
+        if plan.oversized is None:
+            self.tried[choices] = plan.cost.peak_bytes, plan.cost.seconds
+        else:
+            self.tried[choices] = math.inf, math.inf
         if self.best is None or self._rank(*self.tried[choices]) < self._rank_of(self.best):
             self.best = plan
         return plan
@@ -281,6 +320,18 @@ class _Search:
             else:
                 self._try(choices)
 
+    def divide_more(self, config: RowConfig, height: int) -> None:
+        """Try more chunks and rows, as far as these are free, while operations have tensors that are too large."""
+        assert self.best is not None
+        rows, samples = self.best.choices.rows, self.graph.input_samples if self.graph.batch_splits else 1
+        if config.batch_chunks == "auto" and self.best.oversized is not None and samples > 1:
+            self.vary({"batch_chunks": [samples]})
+        while config.rows == "auto" and rows < height and self.best.oversized is not None:
+            rows = min(2 * rows, height)
+            self.vary({"rows": [rows]})
+        if self.best.oversized is not None:
+            self.vary({"heights": ["balanced"]})
+
     def try_dismissed(self) -> None:
         """Try what seemed to take too long, while nothing fits."""
         for choices in self.dismissed:
@@ -289,7 +340,7 @@ class _Search:
             if choices not in self.tried:
                 self._try(choices)
 
-    def _rank(self, peak: int, seconds: float) -> tuple[float, ...]:
+    def _rank(self, peak: float, seconds: float) -> tuple[float, ...]:
         """Smaller is better. With a budget: fitting plans by time, others by memory. Without: plans within the
         allowed overhead by memory, others by time, those that save nothing last.
         """
@@ -299,14 +350,31 @@ class _Search:
         return 1 + (self.budget is None and peak >= self.plain.peak_bytes), limited, wanted
 
 
-def _stages(graph: RowGraph, config: RowConfig, height: int, training: bool) -> Iterator[dict[str, Sequence[Any]]]:
+def _fewest_rows(graph: RowGraph, machine: Machine, chunks: int) -> int:
+    """The fewest rows of which, in so many chunks, no slab is too large, if it had no halo."""
+    chunk = -(-graph.input_samples // chunks) if graph.batch_splits and graph.input_samples else 1
+    share = chunk / graph.input_samples if graph.batch_splits and graph.input_samples else 1.0
+    return max(1, math.ceil(largest_map(graph) * share / machine.most_elements))
+
+
+def _numbers_of_rows(graph: RowGraph, height: int, machine: Machine, chunks: Sequence[int]) -> list[int]:
+    """Numbers of rows to try with some of these chunks: the usual ones, and where maps are very large others."""
+    fewest = [_fewest_rows(graph, machine, count) for count in chunks]
+    rows = {r for r in _ROWS if 2 * r <= height and r >= min(fewest)}
+    rows |= {math.ceil(least * factor) for least in fewest if least > 1 for factor in _MORE}
+    return sorted(r for r in rows if r <= height) or [height if min(fewest) > 1 else 1]
+
+
+def _stages(
+    graph: RowGraph, config: RowConfig, height: int, training: bool, machine: Machine
+) -> Iterator[dict[str, Sequence[Any]]]:
     """Which options are varied together, in order: where borders stand and what is kept, then rows, then chunks."""
-    rows = [config.rows] if isinstance(config.rows, int) else [r for r in _ROWS if 2 * r <= height] or [1]
     segments = [config.segments] if isinstance(config.segments, int) else list(_SEGMENTS if training else (1,))
     samples = graph.input_samples
     chunks = [config.batch_chunks] if isinstance(config.batch_chunks, int) else [1]
     if config.batch_chunks == "auto" and samples > 1 and graph.batch_splits:
         chunks = sorted({1, min(samples, 4), max(1, samples // 4), samples})
+    rows = [config.rows] if isinstance(config.rows, int) else _numbers_of_rows(graph, height, machine, chunks)
     barriers = training and graph.barriers > 0
     keepings: list[Keeping] = ["lean", "narrow", "demand", "borders"] if barriers else ["borders"]
     modes = [config.mode]
@@ -314,7 +382,10 @@ def _stages(graph: RowGraph, config: RowConfig, height: int, training: bool) -> 
         modes = ["two_phase"]
     first_chunks = chunks[len(chunks) // 2]
     # A batch is divided first, since that needs no halos; rows are then tried on top.
-    middle = 1 if first_chunks > 1 and config.rows == "auto" else rows[len(rows) // 2]
+    enough = [r for r in rows if r > _fewest_rows(graph, machine, first_chunks)] or rows
+    middle = enough[len(enough) // 2]
+    if first_chunks > 1 and config.rows == "auto" and _fewest_rows(graph, machine, first_chunks) == 1:
+        middle = 1
     yield {
         "mode": modes,
         "rows": [middle],

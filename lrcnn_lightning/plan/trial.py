@@ -27,8 +27,9 @@ from lrcnn_lightning.graph import Node, Value, map_refs
 from lrcnn_lightning.graph.switches import entered
 from lrcnn_lightning.graph.tap import tapped
 from lrcnn_lightning.monitor.meter import MemoryMeter
+from lrcnn_lightning.plan.workspace import Call, product_call
 
-__all__ = ["Autocast", "Operand", "Trial", "called", "results_of", "tried", "without_data"]
+__all__ = ["Autocast", "Operand", "Trial", "called", "dense_strides", "results_of", "tried", "without_data"]
 
 
 class Operand(NamedTuple):
@@ -74,6 +75,10 @@ class Trial(NamedTuple):
     """Bytes of each result, 0 for a view."""
     gradients: dict[int, float]
     """Bytes of the gradient of each counted input that has one."""
+    largest: float
+    """Elements of the largest tensor that is made on the way, forward or backward, gradients of weights left out."""
+    products: tuple[tuple[Call, ...], tuple[Call, ...]] = ((), ())
+    """The convolutions and matrix products, forward and backward."""
 
 
 _SCALARS = 64  # bytes of the root, and of what single numbers an operation makes
@@ -134,18 +139,22 @@ class _Source(torch.autograd.Function):
     """Where the gradients of results come from: autograd alone holds them, as if a later operation had made them."""
 
     @staticmethod
-    def forward(ctx: Any, made: list[_Given], numbers: Sequence[int], *results: Tensor) -> Tensor:
+    def forward(ctx: Any, made: list[_Given], numbers: Sequence[int], by_format: bool, *results: Tensor) -> Tensor:
         ctx.made, ctx.numbers = made, numbers
         ctx.kinds = [(tuple(result.shape), result.dtype, result.device) for result in results]
+        ctx.strides = [dense_strides(result.shape, result.stride() if by_format else None) for result in results]
         return torch.empty(())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        gradients = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.kinds]
+        gradients = [
+            torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            for strides, (shape, dtype, device) in zip(ctx.strides, ctx.kinds, strict=True)
+        ]
         for number, made in zip(ctx.numbers, gradients, strict=True):
             storage = made.untyped_storage()
             ctx.made.append(_Given(number, storage.nbytes(), weakref.ref(storage)))
-        return (None, None, *gradients)
+        return (None, None, None, *gradients)
 
 
 class _Given(NamedTuple):
@@ -157,20 +166,39 @@ class _Given(NamedTuple):
 
 
 def tried(
-    call: Callable[[Mapping[int, Tensor]], Any], operands: Mapping[int, Operand], autocast: Autocast | None = None
+    call: Callable[[Mapping[int, Tensor]], Any],
+    operands: Mapping[int, Operand],
+    autocast: Autocast | None = None,
+    by_format: bool = False,
 ) -> Trial:
-    """Try a call that takes its operands by number. Raises whatever the call raises."""
-    with without_data(autocast), MemoryMeter() as meter:
-        return _Attempt(call, operands, meter).run()
+    """Try a call that takes its operands by number; ``by_format``: gradients come in the memory format of the results.
+
+    Raises whatever the call raises.
+    """
+    products: list[Call] = []
+
+    def note(operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        product = product_call(operation, args, kwargs)
+        products.extend(() if product is None else (product,))
+        return 0
+
+    with without_data(autocast), MemoryMeter(passing=note) as meter:
+        return _Attempt(call, operands, meter, products, by_format).run()
 
 
 class _Attempt:
     """The runs of one call."""
 
     def __init__(
-        self, call: Callable[[Mapping[int, Tensor]], Any], operands: Mapping[int, Operand], meter: MemoryMeter
+        self,
+        call: Callable[[Mapping[int, Tensor]], Any],
+        operands: Mapping[int, Operand],
+        meter: MemoryMeter,
+        products: list[Call],
+        by_format: bool,
     ) -> None:
-        self.call, self.operands, self.meter = call, operands, meter
+        self.by_format = by_format
+        self.call, self.operands, self.meter, self.products = call, operands, meter, products
         self.origin = torch.zeros((), requires_grad=True)
         self.given: list[_Given] = []
         self.received: dict[int, Tensor] = {}
@@ -179,6 +207,7 @@ class _Attempt:
     def run(self) -> Trial:
         meter, operands = self.meter, self.operands
         tensors = {number: operand.make() for number, operand in operands.items()}
+        meter.sizes_born.clear()
         with torch.no_grad():
             results = self._results(tensors)
             forward = meter.peak_bytes - meter.live_bytes
@@ -189,7 +218,10 @@ class _Attempt:
                     receive = partial(self._receive, number)
                     tensors[number] = tapped(tensors[number], self.origin, receive)  # as in the engine
             meter.reset_peak()
+            self.products.clear()
             results = self._results(tensors)
+            forward_products = tuple(self.products)
+            self.products.clear()
             recompute = meter.peak_bytes - meter.live_bytes
             views, sizes = _memory(list(tensors.values()), results)
             root = self._root(results)
@@ -212,7 +244,13 @@ class _Attempt:
             self.whole,
             tuple(sizes),
             gradients,
+            self._largest(),
+            (forward_products, tuple(self.products)),
         )
+
+    def _largest(self) -> float:
+        whole = {math.prod(operand.shape) for operand in self.operands.values() if not operand.counted}
+        return float(max(self.meter.sizes_born - whole, default=0))
 
     def _results(self, tensors: Mapping[int, Tensor]) -> list[Any]:
         results = self.call(tensors)
@@ -223,7 +261,7 @@ class _Attempt:
         numbers = [k for k, r in enumerate(results) if isinstance(r, Tensor) and r.requires_grad]
         if not numbers:
             return None
-        root: Tensor = _Source.apply(self.given, numbers, *(results[k] for k in numbers))  # type: ignore[no-untyped-call]
+        root: Tensor = _Source.apply(self.given, numbers, self.by_format, *(results[k] for k in numbers))  # type: ignore[no-untyped-call]
         return root
 
     def _stays(self, tensors: list[Any], number: int) -> bool:
@@ -275,3 +313,13 @@ def _memory(inputs: Sequence[Tensor], results: Sequence[Any]) -> tuple[list[int 
         known.add(storage._cdata)
         sizes.append(float(storage.nbytes()) if fresh else 0.0)
     return views, sizes
+
+
+def dense_strides(shape: Any, order: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Strides without gaps of a shape, its dimensions in the order of other strides; contiguous without these."""
+    dimensions = sorted(range(len(shape)), key=lambda d: (-order[d], d) if order else (0, d))
+    strides, step = [0] * len(shape), 1
+    for dimension in reversed(dimensions):
+        strides[dimension] = step
+        step *= max(shape[dimension], 1)
+    return tuple(strides)

@@ -47,7 +47,9 @@ class _Join(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, ties: Tensor, row: int, largest: bool) -> Tensor:
         result = values.amax(row, keepdim=True) if largest else values.amin(row, keepdim=True)
         shares = ties * (values == result)
-        ctx.save_for_backward((shares / shares.sum(row, keepdim=True)).to(values.dtype))
+        # In the type of the map or float32: a quotient of integers would be in the default type of the process.
+        wide = torch.promote_types(values.dtype, torch.float32)
+        ctx.save_for_backward((shares.to(wide) / shares.sum(row, keepdim=True)).to(values.dtype))
         return result
 
     @staticmethod

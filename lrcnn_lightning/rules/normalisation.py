@@ -79,20 +79,12 @@ class _Normalise(torch.autograd.Function):
         weight = _like(mean, weight)
         needs = ctx.needs_input_grad
         statistics = needs[1] or needs[2]
-        result, for_weight, for_bias = aten.native_batch_norm_backward.default(
-            gradient if gradient.stride() == x.stride() else gradient.contiguous(),
-            x,
-            weight,
-            mean,
-            variance,
-            None,
-            None,
-            False,
-            ctx.eps,
-            [needs[0], statistics or needs[3], statistics or needs[4]],
-        )
+        wanted = (needs[0], statistics or needs[3], statistics or needs[4])
+        find = _gradients_on_cpu if x.device.type == "cpu" else _gradients_on_gpu
+        result, for_weight, for_bias = find(gradient, x, weight, mean, variance, ctx.eps, wanted)
         for_mean = for_variance = None
         if statistics:
+            assert for_weight is not None and for_bias is not None
             scale = torch.rsqrt(variance + ctx.eps)
             weighted = scale if weight is None else scale * weight
             for_mean = -weighted * for_bias
@@ -125,6 +117,54 @@ def _differentiable_gradients(
         for_bias if weight is None else for_bias.to(weight.dtype),
     )
     return (*(result if needed else None for result, needed in zip(results, needs, strict=False)), None)
+
+
+_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Those of the input, of the weight and of the bias, as far as they are wanted."""
+
+
+def _gradients_on_cpu(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+    wanted: tuple[bool, bool, bool],
+) -> _Gradients:
+    """One kernel computes all. What a forward pass saves for it is read in training mode only."""
+    aligned = gradient if gradient.stride() == x.stride() else gradient.contiguous()
+    found: _Gradients = _native_backward(aligned, x, weight, mean, variance, None, None, False, eps, wanted)
+    return found
+
+
+def _gradients_on_gpu(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+    wanted: tuple[bool, bool, bool],
+) -> _Gradients:
+    """The kernels of a GPU differ by what is wanted and how it lies in memory. Some read what a forward pass saves,
+    all return sums of the type of the weight, which there must be, and an input gradient that is never channels last.
+
+    So that gradient, g weight / sqrt(variance + eps), is a normalisation of its own here.
+    """
+    result = None
+    if wanted[0]:
+        enabled = torch.backends.cudnn.enabled
+        result = torch.batch_norm(gradient, weight, None, torch.zeros_like(mean), variance, False, 0.0, eps, enabled)
+    if not (wanted[1] or wanted[2]):
+        return result, None, None
+    weight = torch.ones_like(mean) if weight is None else weight
+    saved, mask = (mean, torch.rsqrt(variance + eps)), (False, *wanted[1:])
+    _, for_weight, for_bias = _native_backward(gradient, x, weight, mean, variance, *saved, False, eps, mask)
+    return result, for_weight, for_bias
+
+
+_native_backward = aten.native_batch_norm_backward.default
 
 
 def _normalise(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lrcnn_lightning.rules.constant import Constant
 from lrcnn_lightning.rules.pointwise import AlongRows
 from lrcnn_lightning.rules.rule import Axes, Interval, RowRule, Scope, Tile, register
 from lrcnn_lightning.rules.window import pad_rows
@@ -46,21 +47,28 @@ class PadRows(RowRule):
         return Interval(min(rows), max(rows) + 1)
 
     def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
-        slab: Tensor = args[0]
-        if any(self.others):
-            if self.mode == "constant":
-                slab = functional.pad(slab, list(self.others), value=self.value)
-            else:
-                # The modes that copy exist only for all spatial dimensions at once.
-                slab = functional.pad(slab, list(self.others), mode=self.mode)
-        given = self.needed(tile.rows)
+        result: Tensor = self.prepare(tile)(args, kwargs)
+        return result
+
+    def prepare(self, tile: Tile) -> Callable[[Sequence[Any], dict[str, Any]], Any]:
+        given, start, stop = self.needed(tile.rows), tile.rows.lo - self.above, tile.rows.hi - self.above
         if self.mode == "constant":
-            start, stop = tile.rows.lo - self.above, tile.rows.hi - self.above
-            return pad_rows(slab, self.axis, given.lo - start, stop - given.hi, self.value)
-        if tile.rows.lo - self.above == given.lo and tile.rows.hi - self.above == given.hi:
+            return lambda args, kwargs: pad_rows(
+                self._beside(args[0]), self.axis, given.lo - start, stop - given.hi, self.value
+            )
+        if (start, stop) == given:
+            return lambda args, kwargs: self._beside(args[0])
+        rows = Constant([self._source(row) - given.lo for row in range(tile.rows.lo, tile.rows.hi)])
+        return lambda args, kwargs: self._beside(args[0]).index_select(self.axis, rows.on(args[0]))
+
+    def _beside(self, slab: Tensor) -> Tensor:
+        """The slab, padded along the other axes."""
+        if not any(self.others):
             return slab
-        rows = torch.tensor([self._source(row) - given.lo for row in range(tile.rows.lo, tile.rows.hi)])
-        return slab.index_select(self.axis, rows.to(slab.device))
+        if self.mode == "constant":
+            return functional.pad(slab, list(self.others), value=self.value)
+        # The modes that copy exist only for all spatial dimensions at once.
+        return functional.pad(slab, list(self.others), mode=self.mode)
 
 
 @register("shape", aten.pad.default, aten.constant_pad_nd.default)

@@ -13,7 +13,7 @@ would do something else to another axis than it does on the whole map, that axis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lrcnn_lightning.rules.constant import Constant
 from lrcnn_lightning.rules.rule import Axes, Interval, RowRule, Scope, Tile, register
 from lrcnn_lightning.rules.sampling import Sampling, quick_nearest
 
@@ -50,22 +51,31 @@ class Resize(RowRule):
         return self.lines[self.position].needed(output)
 
     def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
-        given: Tensor = args[0]
-        slab = given.detach() if self.copied_gradient else given
-        quick = quick_nearest(slab, tuple(line.out_size for line in self.lines))
-        if self.natively:
-            slab = self._natively(slab)
-        for position in self.by_hand:
-            line = self.lines[position]
-            slab = _resized(slab, line, 2 + position, Interval(0, line.out_size), 0, quick)
-        row = self.lines[self.position]
-        axis, start = 2 + self.position, self.needed(tile.rows).lo
+        result: Tensor = self.prepare(tile)(args, kwargs)
+        return result
+
+    def prepare(self, tile: Tile) -> Callable[[Sequence[Any], dict[str, Any]], Any]:
+        row, axis, start = self.lines[self.position], 2 + self.position, self.needed(tile.rows).lo
+        sizes = tuple(line.out_size for line in self.lines)
+        others = ((self.lines[position], position) for position in self.by_hand)
+        resized = [_Resized(line, 2 + position, Interval(0, line.out_size), 0) for line, position in others]
         if not row.unchanged:
-            slab = _resized(slab, row, axis, tile.rows, start, quick)
-        if self.copied_gradient:
-            copied = given.narrow(axis, tile.rows.lo - start, tile.rows.length)
-            slab = _WithGradientOf.apply(slab, copied)  # type: ignore[no-untyped-call]
-        return slab
+            resized.append(_Resized(row, axis, tile.rows, start))
+
+        def call(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+            given: Tensor = args[0]
+            slab = given.detach() if self.copied_gradient else given
+            quick = quick_nearest(slab, sizes)
+            if self.natively:
+                slab = self._natively(slab)
+            for along_an_axis in resized:
+                slab = along_an_axis(slab, quick)
+            if self.copied_gradient:
+                copied = given.narrow(axis, tile.rows.lo - start, tile.rows.length)
+                slab = _WithGradientOf.apply(slab, copied)  # type: ignore[no-untyped-call]
+            return slab
+
+        return call
 
     def _natively(self, slab: Tensor) -> Tensor:
         first, native = self.lines[0], [i in self.natively for i in range(len(self.lines))]
@@ -81,52 +91,81 @@ class Resize(RowRule):
         return functional.interpolate(slab, sizes, mode=mode, align_corners=aligned)
 
 
-def _resized(slab: Tensor, line: Sampling, axis: int, output: Interval, start: int, quick: bool) -> Tensor:
+class _Resized:
     """The places ``output`` of an axis, from a slab whose first place is ``start``."""
 
-    def numbers(places: Sequence[int]) -> Tensor:
-        return torch.tensor([place - start for place in places], device=slab.device)
+    def __init__(self, line: Sampling, axis: int, output: Interval, start: int) -> None:
+        self.line, self.axis, self.output, self.start = line, axis, output, start
+        self._copies: dict[Any, tuple[Constant, tuple[Constant, Constant | None] | None]] = {}
+        self._taps: dict[torch.dtype, list[tuple[Constant, Constant | None]]] = {}
 
-    if line.nearest and not slab.is_cuda:
-        forward = line.copies(slab.dtype, quick)[output.lo : output.hi]
-        backward = line.copies_backward()[output.lo : output.hi]
-        if forward == backward:
-            return slab.index_select(axis, numbers(forward))
-        parted: Tensor = _TwoNearest.apply(slab, axis, numbers(forward), numbers(backward))  # type: ignore[no-untyped-call]
+    def __call__(self, slab: Tensor, quick: bool) -> Tensor:
+        """The slab resized along the axis; ``quick``: which kernel the CPU would take (`quick_nearest`)."""
+        return self._copied(slab, quick) if self.line.nearest else self._weighted(slab)
+
+    def _copied(self, slab: Tensor, quick: bool) -> Tensor:
+        kind = (slab.device.type == "cuda", slab.dtype, quick)
+        if kind not in self._copies:
+            self._copies[kind] = self._found(*kind)
+        forward, backward = self._copies[kind]
+        if backward is None:
+            return slab.index_select(self.axis, forward.on(slab))
+        into, kept = (None if part is None else part.on(slab) for part in backward)
+        parted: Tensor = _TwoNearest.apply(slab, self.axis, forward.on(slab), into, kept)  # type: ignore[no-untyped-call]
         return parted
-    taps, weights = line.sources(output, slab.dtype)
-    taken = [slab.index_select(axis, numbers(tap.tolist())) for tap in taps]
-    if not weights:
-        return taken[0]
-    shape = [-1] + [1] * (slab.dim() - 1 - axis)
-    result: Tensor | None = None
-    for part, weight in zip(taken, weights, strict=True):
-        factor = torch.tensor(weight.tolist(), device=slab.device, dtype=slab.dtype).view(shape)
-        result = part * factor if result is None else result + part * factor
-    assert result is not None
-    return result
+
+    def _found(
+        self, gpu: bool, dtype: torch.dtype, quick: bool
+    ) -> tuple[Constant, tuple[Constant, Constant | None] | None]:
+        """Of which place each is a copy; where its gradient goes if not there, and which have one if not all."""
+        line, (lo, hi) = self.line, self.output
+        forward = (line.copies_on_gpu if gpu else line.copies(dtype, quick))[lo:hi]
+        backward: tuple[int | None, ...] = (line.copies_backward_on_gpu if gpu else line.copies_backward())[lo:hi]
+        copies = Constant([place - self.start for place in forward])
+        if forward == backward:
+            return copies, None
+        reached = [(number, place) for number, place in enumerate(backward) if place is not None]
+        into = Constant([place - self.start for _, place in reached])
+        return copies, (into, None if len(reached) == hi - lo else Constant([number for number, _ in reached]))
+
+    def _weighted(self, slab: Tensor) -> Tensor:
+        if slab.dtype not in self._taps:
+            places, weights = self.line.sources(self.output, slab.dtype)
+            constants = [Constant([place - self.start for place in tap.tolist()]) for tap in places]
+            factors: list[Constant | None] = [Constant(weight.tolist(), slab.dtype) for weight in weights]
+            self._taps[slab.dtype] = list(zip(constants, factors or [None], strict=True))
+        taps = self._taps[slab.dtype]
+        taken = [slab.index_select(self.axis, places.on(slab)) for places, _ in taps]
+        shape = [-1] + [1] * (slab.dim() - 1 - self.axis)
+        result: Tensor | None = None
+        for part, (_, factor) in zip(taken, taps, strict=True):
+            term = part if factor is None else part * factor.on(slab).view(shape)
+            result = term if result is None else result + term
+        assert result is not None
+        return result
 
 
 class _TwoNearest(torch.autograd.Function):
-    """Copies of some rows, whose gradient goes to others.
+    """Copies of some rows, whose gradient goes to others; ``kept``: the places that have one, where not all do.
 
-    On the CPU, nearest interpolation finds a row in its forward pass in one way and in its backward pass in another
-    (`sampling`). Plain training does that, so we do.
+    Nearest interpolation finds a row in its forward pass in one way and in its backward pass in another (`sampling`).
+    Plain training does that, so we do.
     """
 
     @staticmethod
-    def forward(ctx: Any, slab: Tensor, axis: int, forward: Tensor, backward: Tensor) -> Tensor:
+    def forward(ctx: Any, slab: Tensor, axis: int, forward: Tensor, into: Tensor, kept: Tensor | None) -> Tensor:
         ctx.axis, ctx.size = axis, slab.shape[axis]
-        ctx.save_for_backward(backward)
+        ctx.save_for_backward(into, kept)
         return slab.index_select(axis, forward)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        (places,) = ctx.saved_tensors
+        into, kept = ctx.saved_tensors
         shape = list(gradient.shape)
         shape[ctx.axis] = ctx.size
-        return gradient.new_zeros(shape).index_add_(ctx.axis, places, gradient), None, None, None
+        added = gradient if kept is None else gradient.index_select(ctx.axis, kept)
+        return gradient.new_zeros(shape).index_add_(ctx.axis, into, added), None, None, None, None
 
 
 class _WithGradientOf(torch.autograd.Function):

@@ -7,11 +7,16 @@ What ATen computes from a scale is not what the scale says. On the CPU:
     nearest  in its backward pass also copies it, and takes place i // 2 where the size doubles, whatever the scale;
              in its forward pass some kernels do so and others do not, and they round differently
 
-On a GPU, linear and cubic copy only where no axis changes its size, forward and backward, and nearest has one formula.
+On a GPU, linear and cubic copy only where no axis changes its size, forward and backward. Nearest has one formula for
+its forward and another for its backward pass, both in float32, and they may part, too:
+
+    forward    place o is made of          floor(o * in/out), at most the last
+    backward   source i gets the places    ceil(i * out/in) up to ceil((i + 1) * out/in), and those beyond go to none
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -80,6 +85,26 @@ class Sampling:
         """Nearest, backward on the CPU: the place that the gradient of each place goes to."""
         return _nearest_backward(self.mode, self.dimensions, self.size, self.out_size, self.scale)
 
+    @cached_property
+    def copies_on_gpu(self) -> tuple[int, ...]:
+        """Nearest, forward on a GPU: the source of each place."""
+        (places,), _ = self.sources(Interval(0, self.out_size), torch.float32)
+        return tuple(places.tolist())
+
+    @cached_property
+    def copies_backward_on_gpu(self) -> tuple[int | None, ...]:
+        """Nearest, backward on a GPU: the place that the gradient of each place goes to, if it goes to any."""
+        step = np.float32(self.scale if self.scale else self.out_size / self.size)
+        # The product of two float32 is exact in float64: one rounding, as in a fused multiplication and addition.
+        places = np.arange(self.size + 1).astype(np.float64) * np.float64(step)
+        if self.mode == "nearest-exact":
+            places -= 0.5
+        edges = np.ceil(places.astype(np.float32)).clip(0, self.out_size).astype(np.int64).tolist()
+        found: list[int | None] = [None] * self.out_size
+        for source, (first, last) in enumerate(itertools.pairwise(edges)):
+            found[first:last] = [source] * (last - first)
+        return tuple(found)
+
     def sources(self, output: Interval, dtype: torch.dtype) -> tuple[list[Numbers], list[Numbers]]:
         """For each tap: the source of each place, and its weight, computed as the operation computes it.
 
@@ -116,6 +141,8 @@ class Sampling:
         if self.nearest:
             taps.append(np.array(self.copies_backward()))
             taps += [np.array(self.copies(dtype, quick)) for dtype in _PRECISIONS for quick in (False, True)]
+            pairs = zip(self.copies_backward_on_gpu, self.copies_on_gpu, strict=True)
+            taps.append(np.array([ahead if back is None else back for back, ahead in pairs]))
         return np.minimum.reduce(taps), np.maximum.reduce(taps)
 
 

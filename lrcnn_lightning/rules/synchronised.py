@@ -39,7 +39,8 @@ class _Merge(torch.autograd.Function):
         resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
         group = resolve(name)
         channels = mean.numel()
-        mine = torch.cat([mean.double(), variance.double(), mean.new_tensor([count]).double()])
+        counted = torch.full((1,), count, dtype=torch.float64, device=mean.device)
+        mine = torch.cat([mean.double(), variance.double(), counted])
         all_of_them = [torch.empty_like(mine) for _ in range(distributed.get_world_size(group))]
         distributed.all_gather(all_of_them, mine, group=group)
         table = torch.stack(all_of_them)

@@ -336,16 +336,16 @@ class AveragePool(RowRule):
         dimensions = len(self.kernel)
         for i in range(dimensions):
             rows = tile.rows if i == self.position else Interval(0, self.out_shape[i - dimensions])
-            line = self._counts(i, rows).to(total)
+            line = self._counts(i, rows, total.device).to(total.dtype)
             line = line.view([-1] + [1] * (dimensions - 1 - i))
             counts = line if counts is None else counts * line
         assert counts is not None
         return total / counts
 
-    def _counts(self, axis: int, rows: Interval) -> Tensor:
+    def _counts(self, axis: int, rows: Interval, device: torch.device) -> Tensor:
         """How many positions along one axis the windows of these outputs count."""
         size, pad = self.shape[axis - len(self.kernel)], self.padding[axis]
-        start = torch.arange(rows.lo, rows.hi) * self.stride[axis] - pad
+        start = torch.arange(rows.lo, rows.hi, device=device) * self.stride[axis] - pad
         stop = (start + self.kernel[axis]).clamp(max=size + pad)
         if not self.include_padding:
             start, stop = start.clamp(min=0), stop.clamp(max=size)
