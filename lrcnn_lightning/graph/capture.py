@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lrcnn_lightning.errors import CaptureError, is_out_of_memory
 from lrcnn_lightning.graph.functional import dependent_values, functionalise
@@ -67,6 +68,7 @@ def _recorded(trace: Trace, tensors: Sequence[torch.Tensor]) -> GraphModule:
     widened = [_is_widened(tensor) for tensor in tensors]
     try:
         with (
+            _disable_current_modes(),  # whoever looks on, as a measurement does, must not see the trace
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(_forgotten, _forgotten),

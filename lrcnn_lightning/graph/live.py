@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lrcnn_lightning.fake import FakeTensorMode, is_fake
 from lrcnn_lightning.graph.graph import ValueKind
-from lrcnn_lightning.graph.recorder import unrecorded
+from lrcnn_lightning.graph.recorder import is_recorded, unrecorded
 from lrcnn_lightning.graph.state import is_machinery
 
 __all__ = ["LiveTensor", "LiveTensors", "stand_in"]
@@ -103,7 +103,7 @@ class LiveTensors:
     def replaced(self, tree: Any) -> Any:
         """Nested arguments of an operation with stand-ins in the place of live tensors."""
         if isinstance(tree, Tensor):
-            return tree if is_fake(tree) else self._stand_in(tree)
+            return tree if is_fake(tree) and is_recorded(tree) else self._stand_in(tree)
         if type(tree) in (list, tuple):
             return type(tree)(self.replaced(item) for item in tree)
         if type(tree) is dict:
