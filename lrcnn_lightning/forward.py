@@ -29,6 +29,7 @@ from torch import nn
 from lrcnn_lightning.captures import CACHED, Captures, device_of, without_hooks
 from lrcnn_lightning.config import RowConfig
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
+from lrcnn_lightning.engine.undo import Undone
 from lrcnn_lightning.errors import (
     BudgetError,
     CaptureError,
@@ -156,10 +157,12 @@ class RowwiseForward(StandIn):
                 return self.original(*args, **kwargs)
         try:
             return with_subclasses(execution(self.module, inputs), args, kwargs)
-        except InternalError as error:
-            refusal = error
-        if self.config.on_unsupported == "error" and refusal.__cause__ is not None:
-            raise refusal.__cause__  # as likely the module's own: of the values of tensors only a run knows
+        except Undone as undone:
+            refusal = self._as_refusal(undone.error)
+        assert refusal is not None
+        if self.config.on_unsupported == "error":
+            # An error is as likely the module's own: of the values of tensors only a run knows.
+            raise refusal.__cause__ or self._final(refusal)
         _log(self.where, refusal)  # first: with the traceback go the maps of the run that has failed
         return self._without_rows(refusal, args, kwargs, self.original(*args, **kwargs))
 

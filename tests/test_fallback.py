@@ -326,6 +326,21 @@ def test_an_error_that_only_the_values_tell_of(on_unsupported: str) -> None:
     assert list(served(ours)) == [""]
 
 
+@pytest.mark.parametrize("on_unsupported", ["warn", "error"])
+def test_a_hook_that_rows_cannot_follow(on_unsupported: Any) -> None:
+    """What it returns is known when it runs. Plainly everything goes on with another shape."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).double()
+    net[0].register_forward_hook(lambda module, args, result: result[:, :, 1:])
+    ours = lrcnn_lightning.rowwise(copy.deepcopy(net), **ROWS, on_unsupported=on_unsupported)
+    if on_unsupported == "warn":
+        (warning,) = said(lambda: agree(net, ours, IMAGES))
+        assert "a hook of '0' returns something of another shape" in warning and "please report" not in warning
+    else:
+        with pytest.raises(CaptureError, match="Sequential cannot run row by row: a hook of '0' returns something"):
+            ours(IMAGES)
+        assert ours[1].num_batches_tracked == 0
+
+
 class Exhausts(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if type(x) is Tensor:
@@ -357,7 +372,7 @@ def test_out_of_memory_in_a_capture_is_raised_as_it_is(error: Exception, monkeyp
     def fails(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr(torch.export, "export", fails)
+    monkeypatch.setattr("lrcnn_lightning.graph.recorder.make_fx", fails)
     with pytest.raises(type(error)) as raised:
         lrcnn_lightning.rowwise(nn.Conv2d(3, 4, 3).double(), **ROWS, on_unsupported="warn")(IMAGES)
     assert raised.value is error
@@ -366,7 +381,7 @@ def test_out_of_memory_in_a_capture_is_raised_as_it_is(error: Exception, monkeyp
 # -------------------------------------------------------------------------------------------------- faults of our own
 
 PLACES = {
-    "trace": "torch.export.export",
+    "trace": "lrcnn_lightning.graph.recorder.make_fx",
     "lowering": "lrcnn_lightning.forward.lower",
     "planning": "lrcnn_lightning.forward.choose_plan",
     "execution": "lrcnn_lightning.engine.execute.run_segment",
