@@ -21,7 +21,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from types import MethodType
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -30,6 +29,7 @@ from torch import nn
 from lrcnn_lightning.captures import CACHED, Captures, device_of, without_hooks
 from lrcnn_lightning.config import RowConfig
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
+from lrcnn_lightning.engine.undo import Undone
 from lrcnn_lightning.errors import (
     BudgetError,
     CaptureError,
@@ -54,6 +54,7 @@ from lrcnn_lightning.plan.plan import Plan
 from lrcnn_lightning.plan.saved import SavedPlan
 from lrcnn_lightning.plan.search import choose_plan
 from lrcnn_lightning.rules import RowGraph, lower
+from lrcnn_lightning.stand_in import StandIn
 from lrcnn_lightning.stepping_aside import steps_aside
 from lrcnn_lightning.subclasses import with_subclasses, without_subclasses
 from lrcnn_lightning.unrun import plain_peak
@@ -76,7 +77,7 @@ def _undivided(forward: RowwiseForward) -> list[RowwiseForward]:
     return []
 
 
-class RowwiseForward:
+class RowwiseForward(StandIn):
     """Stands in for a module's ``forward``.
 
     Graphs are remembered by what they depend on (shapes, dtypes, devices, Python arguments, the module's parts, and
@@ -92,13 +93,13 @@ class RowwiseForward:
         notify: Callable[[str], None] = _warn,
         divide: Callable[[RowwiseForward], list[RowwiseForward]] = _undivided,
     ) -> None:
-        self.module, self.config, self.name = module, config, name
+        super().__init__(module, name)
+        self.config = config
         self.notify = notify
         """Takes what the user should know, once each."""
         self._said: set[str] = set()
         self.observe: Callable[[RowwiseForward, tuple[Any, ...], dict[str, Any]], None] | None = None
         """Told of each call once its plan is known."""
-        self.previous: Callable[..., Any] | None = module.__dict__.get("forward")
         self.plan: Plan | None = None
         """The plan of the latest call."""
         self.training_plan: Plan | None = None
@@ -107,8 +108,6 @@ class RowwiseForward:
         self._plans: OrderedDict[Any, Execution] = OrderedDict()
         self.given: SavedPlan | None = None
         """A plan that was given; nothing is searched for then."""
-        self.passing = False
-        """Whether it is there for the time of a step only, and not for good as by `rowwise`."""
         self.has_limit = not config.fits_free_memory
         """Whether the budget was asked for, so that a plan that does not fit it must not run."""
         self.is_called = False
@@ -130,20 +129,6 @@ class RowwiseForward:
         state.update(plan=None, training_plan=None, _graphs=Captures(self.module), _plans=OrderedDict())
         state.update(notify=_warn, observe=None, refusal=None)
         return state
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """A copy or a pickle made during a step, of a teacher or for a file, has the module's own forward.
-
-        No step would ever take a row-wise one away from it.
-        """
-        if not self.passing:
-            return super().__reduce_ex__(protocol)
-        return _own_forward, (self.module, self.previous)
-
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        """The module's own forward, for those who look at its signature or its source."""
-        return _own_forward(self.module, self.previous)
 
     # ------------------------------------------------------------------------------------------------ a call
 
@@ -172,18 +157,14 @@ class RowwiseForward:
                 return self.original(*args, **kwargs)
         try:
             return with_subclasses(execution(self.module, inputs), args, kwargs)
-        except InternalError as error:
-            refusal = error
-        if self.config.on_unsupported == "error" and refusal.__cause__ is not None:
-            raise refusal.__cause__  # as likely the module's own: of the values of tensors only a run knows
+        except Undone as undone:
+            refusal = self._as_refusal(undone.error)
+        assert refusal is not None
+        if self.config.on_unsupported == "error":
+            # An error is as likely the module's own: of the values of tensors only a run knows.
+            raise refusal.__cause__ or self._final(refusal)
         _log(self.where, refusal)  # first: with the traceback go the maps of the run that has failed
         return self._without_rows(refusal, args, kwargs, self.original(*args, **kwargs))
-
-    def original(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward."""
-        if self.previous is not None:
-            return self.previous(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
 
     @contextlib.contextmanager
     def _parts_asleep(self) -> Iterator[None]:
@@ -281,12 +262,6 @@ class RowwiseForward:
         return graph, leaves, bool(leaves), device_of(inputs)
 
     # ------------------------------------------------------------------------------------------------ refusals
-
-    @property
-    def where(self) -> str:
-        """The module, for messages."""
-        kind = type(self.module).__name__
-        return f"row-wise module {self.name!r} ({kind})" if self.name else f"row-wise module {kind}"
 
     def own_error(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
         """The error that the module raises for these arguments with or without rows, as far as can be told."""
@@ -389,11 +364,6 @@ class RowwiseForward:
 
 
 _V = TypeVar("_V")
-
-
-def _own_forward(module: nn.Module, previous: Callable[..., Any] | None) -> Callable[..., Any]:
-    """A module's forward without rows; ``previous`` is one that the user has set on the instance."""
-    return MethodType(type(module).forward, module) if previous is None else previous
 
 
 def _remember(table: OrderedDict[Any, _V], key: Any, value: _V) -> _V:

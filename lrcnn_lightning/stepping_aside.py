@@ -9,7 +9,7 @@ import torch.fx
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from lrcnn_lightning.graph import is_rehearsed
+from lrcnn_lightning.graph import is_rehearsed, is_rehearsed_elsewhere
 
 __all__ = ["steps_aside"]
 
@@ -23,12 +23,14 @@ def steps_aside() -> bool:
     A compiler, an exporter or a tracer is to see the network, not what rows make of it. Transforms of ``torch.func``
     and forward-mode differentiation have tensors of their own, for which segments have no rules.
     """
+    if is_rehearsed() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    if is_rehearsed_elsewhere():  # which sets the same flags, for all threads
+        return False
     return (
-        is_rehearsed()
-        or torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
+        torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
-        or _is_traced()
+        or forward_ad._current_level >= 0
         or get_proxy_mode() is not None
+        or _is_traced()
     )

@@ -168,12 +168,6 @@ def call(module: nn.Module, shape: tuple[int, ...] = (1, 3, 32, 32), **options: 
     return lambda: rowwise(module, **options)(torch.randn(shape))
 
 
-def twice() -> None:
-    x = torch.randn(1, 3, 32, 32, requires_grad=True)
-    (gradient,) = torch.autograd.grad(rowwise(network(), mode="two_phase")(x).square().sum(), x, create_graph=True)
-    gradient.square().sum().backward()
-
-
 def fit(
     backbone: nn.Module, strategy: Any = "lrcnn_two_phase", task: type[Task] = Task, **options: Any
 ) -> Callable[[], None]:
@@ -234,7 +228,6 @@ RAISED = {
     "row-wise module Masked": call(Masked(), mode="two_phase"),
     "row-wise module Changing": call(changing(), mode="two_phase"),
     "row-wise module Linear": call(nn.Linear(8, 8), (4, 8), mode="two_phase"),
-    "a gradient of a gradient": twice,
     "row-wise module Sequential: rows=64": call(network(), rows=64),
     "row-wise module Sequential: no plan fits": call(network(), (1, 3, 256, 256), memory_budget="64KiB"),
     "Conv2d: the example has no tensor": lambda: plan(nn.Conv2d(3, 8, 3), (1, 3, 64, 64)),

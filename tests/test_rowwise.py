@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import lrcnn_lightning
-from lrcnn_lightning import CaptureError, ConfigError, DoubleBackwardError, InputError, PlanError
+from lrcnn_lightning import CaptureError, ConfigError, InputError, PlanError
 from lrcnn_lightning.rowwise import RowwiseForward
 from lrcnn_lightning.session import select_modules
 
@@ -243,14 +243,6 @@ def test_control_flow_that_depends_on_data() -> None:
         _call(net, IMAGES, rows=2)
     with pytest.warns(UserWarning, match="runs plainly"):
         _call(net, IMAGES, rows=2, on_unsupported="warn")
-
-
-def test_double_backward() -> None:
-    net = lrcnn_lightning.rowwise(_net(), mode="two_phase", rows=2)
-    x = IMAGES.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
-    with pytest.raises(DoubleBackwardError, match=r"gradient of a gradient.*restore"):
-        gradient.square().sum().backward()
 
 
 def test_nothing_fits() -> None:

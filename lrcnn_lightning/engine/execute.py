@@ -11,9 +11,9 @@ from lrcnn_lightning.engine.record import CallRecord, SegmentCall
 from lrcnn_lightning.engine.rows import run_node
 from lrcnn_lightning.engine.segment import CHANGED_MAP, run_segment
 from lrcnn_lightning.engine.slabs import Prepared
-from lrcnn_lightning.engine.undo import Before, draws_numbers, written_buffers
-from lrcnn_lightning.errors import InternalError, is_out_of_memory
-from lrcnn_lightning.graph import Graph, Value, ValueKind, Write, in_words, map_refs, written_argument
+from lrcnn_lightning.engine.undo import Before, Undone, draws_numbers, written_buffers
+from lrcnn_lightning.errors import is_out_of_memory
+from lrcnn_lightning.graph import Graph, Value, ValueKind, Write, map_refs, written_argument
 from lrcnn_lightning.plan.plan import Plan
 
 __all__ = ["Execution", "live_tensor", "requires_grad_leaves"]
@@ -70,8 +70,8 @@ class Execution:
     def __call__(self, module: nn.Module, inputs: Sequence[Any]) -> Any:
         """Run the plan on the flat inputs of a call; returns what the module would return.
 
-        Raises `InternalError`, from the error itself, where the call fails and could be taken back, so that it can be
-        made in another way. (Not where other processes take part, which would have to do the same.)
+        Raises `Undone` where the call fails and could be taken back, so that it can be made in another way. (Not where
+        other processes take part, which would have to do the same.)
         """
         before = Before(_sources(self.plan.graph.graph, module, inputs), self._draws, self._copied)
         try:
@@ -79,7 +79,7 @@ class Execution:
         except Exception as error:
             if is_out_of_memory(error) or self.plan.graph.communicates or not before.undo():
                 raise
-            raise InternalError(in_words(error)) from error
+            raise Undone(error) from error
         self._draws, self._copied = False, []
         return result
 

@@ -15,7 +15,15 @@ from torch import Tensor
 from lrcnn_lightning.graph import Node, ValueKind, draws
 from lrcnn_lightning.rules import Operator, RowGraph
 
-__all__ = ["Before", "draws_numbers", "written_buffers"]
+__all__ = ["Before", "Undone", "draws_numbers", "written_buffers"]
+
+
+class Undone(Exception):
+    """A call has failed with ``error`` and was taken back."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 def draws_numbers(graph: RowGraph) -> bool:

@@ -13,7 +13,7 @@ from lrcnn_lightning.graph.hooks import HOOK_TABLES, HookCall, computes_weight
 from lrcnn_lightning.graph.reasons import in_words
 from lrcnn_lightning.graph.rehearsal import fake_run, own_error
 from lrcnn_lightning.graph.structure import Structure, take_apart
-from lrcnn_lightning.graph.surroundings import ONE_AT_A_TIME, is_rehearsed
+from lrcnn_lightning.graph.surroundings import ONE_AT_A_TIME, is_rehearsed, is_rehearsed_elsewhere
 from lrcnn_lightning.graph.synchronised import SYNC_BATCH_NORM, processes
 from lrcnn_lightning.graph.views import written_argument
 
@@ -44,6 +44,7 @@ __all__ = [
     "in_words",
     "is_elementwise",
     "is_rehearsed",
+    "is_rehearsed_elsewhere",
     "map_refs",
     "own_error",
     "processes",

@@ -24,6 +24,8 @@ import torch
 from torch import nn
 from torch._C import _functorch
 from torch.autograd import forward_ad
+from torch.fx import Tracer
+from torch.fx.experimental.proxy_tensor import PythonKeyTracer, _ModuleStackTracer
 from torch.nn.modules import module as of_all_modules
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import (
@@ -36,24 +38,24 @@ from torch.utils._python_dispatch import (
 from lrcnn_lightning.errors import CaptureError
 from lrcnn_lightning.graph.state import random_states, same_items, set_random_states
 
-__all__ = ["ONE_AT_A_TIME", "balanced", "is_rehearsed", "undisturbed"]
+__all__ = ["ONE_AT_A_TIME", "balanced", "is_rehearsed", "is_rehearsed_elsewhere", "undisturbed"]
 
 ONE_AT_A_TIME = threading.RLock()
 """Held while a module's code is traced: for that time a trace changes the module, and classes of PyTorch."""
 
 
-class _Rehearsals(threading.local):
-    """How many are under way in a thread, one inside of the other."""
-
-    count = 0
-
-
-_rehearsals = _Rehearsals()
+_under_way: list[int] = []
+"""The thread that runs a module's code for a trace or a rehearsal, once for each that is inside of another."""
 
 
 def is_rehearsed() -> bool:
     """Whether this thread runs a module's code for a trace or a rehearsal, and not because the user has called it."""
-    return _rehearsals.count > 0
+    return bool(_under_way) and threading.get_ident() in _under_way
+
+
+def is_rehearsed_elsewhere() -> bool:
+    """Whether another thread does. Flags of the process by which PyTorch says that it traces say nothing then."""
+    return bool(_under_way) and not is_rehearsed()
 
 
 class _Kept(NamedTuple):
@@ -315,14 +317,46 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     """
     with ONE_AT_A_TIME:
         before = [(kept, kept.read()) for kept in _kept(module)]
-        _rehearsals.count += 1
+        _under_way.append(threading.get_ident())
         try:
-            yield
+            with _traced_alone():
+                yield
         finally:
-            _rehearsals.count -= 1
+            _under_way.pop()
             for kept, value in before:
                 if kept.read() != value:
                     kept.write(value)
+
+
+@contextlib.contextmanager
+def _traced_alone() -> Iterator[None]:
+    """A tracer takes part in the calls of all modules, whoever makes them: those of other threads are not for it."""
+    thread, before = threading.get_ident(), []
+    for kind in (_ModuleStackTracer, PythonKeyTracer, Tracer):
+        own = {name: vars(kind)[name] for name in ("call_module", "getattr") if name in vars(kind)}
+        before += [(kind, name, function) for name, function in own.items()]
+
+    def call_module(own: Any) -> Callable[..., Any]:
+        def called(tracer: Any, module: Any, forward: Any, args: Any, kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return forward(*args, **kwargs)
+            return own(tracer, module, forward, args, kwargs)
+
+        return called
+
+    def attribute(own: Any) -> Callable[..., Any]:
+        def looked_up(tracer: Any, name: Any, value: Any, cache: Any) -> Any:
+            return own(tracer, name, value, cache) if threading.get_ident() == thread else value
+
+        return looked_up
+
+    for kind, name, function in before:
+        setattr(kind, name, call_module(function) if name == "call_module" else attribute(function))
+    try:
+        yield
+    finally:
+        for kind, name, function in before:
+            setattr(kind, name, function)
 
 
 @contextlib.contextmanager
