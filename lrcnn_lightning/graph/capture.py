@@ -24,6 +24,7 @@ from lrcnn_lightning.errors import CaptureError
 from lrcnn_lightning.fake import current_mode, new_mode
 from lrcnn_lightning.graph.exported import Reader, Results
 from lrcnn_lightning.graph.functional import dependent_values, functionalise
+from lrcnn_lightning.graph.grad_mode import GradMode
 from lrcnn_lightning.graph.graph import Graph, Ref
 from lrcnn_lightning.graph.leaks import Leaks
 from lrcnn_lightning.graph.opaque import refused_gradients
@@ -159,7 +160,7 @@ def _of_tensors_alone(
         filled = [next(remaining) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = structure.put_together(filled)
         own_output = contextlib.redirect_stderr(results.stderr)
-        with own_output, results.observation.observed(), results.leaks, refused_gradients():
+        with own_output, results.observation.observed(), results.leaks, refused_gradients(), GradMode():
             returned = own(*args, **kwargs)
         results.leaves, results.structure = take_apart(returned)
         _refuse_unknown(results.leaves, "it returns")
