@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from lrcnn_lightning.errors import CaptureError
 from lrcnn_lightning.fake import current_mode, new_mode
 from lrcnn_lightning.graph.custom_functions import recorded_functions
+from lrcnn_lightning.graph.grad_mode import GradMode
 from lrcnn_lightning.graph.hooks import recorded_hooks
 from lrcnn_lightning.graph.leaks import Leaks
 from lrcnn_lightning.graph.live import LiveTensor, LiveTensors, stand_in
@@ -93,6 +94,7 @@ class Trace:
             balanced(self.module),
             recorded_hooks(self.module),
             self._paths_noted(),
+            GradMode(),
             _Watch(self.live, self._leaks),
             recorded_functions(self.live.replaced),
         ):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -94,13 +94,18 @@ Autocast = tuple[str, torch.dtype]
 """The kind of device and the dtype."""
 
 
+def _without_hooks() -> AbstractContextManager[Any]:
+    """Hooks of the user, as checkpointing has them, must not see what is saved here; without any, none are needed."""
+    innermost = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # PyTorch 2.6 does not tell
+    if innermost is not None and innermost(True) is None:
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach)
+
+
 @contextmanager
 def without_data(autocast: Autocast | None = None) -> Iterator[None]:
     """Tensors that are made here have no data, whatever modes are in force outside; ``autocast`` is, or none."""
-    # Hooks of the user, as checkpointing has them, must not see what is saved here; without any, none are needed.
-    hooks = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach)
-    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    with _disable_current_modes(), _fake_mode(), hooks if hooked else nullcontext():
+    with _disable_current_modes(), _fake_mode(), _without_hooks():
         kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
         with ExitStack() as switches:
             for kind in kinds:
