@@ -46,13 +46,15 @@ def observe(
     with torch.set_grad_enabled(differentiate):
         result = forward(*given)
     outputs = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator = torch.Generator("cpu").manual_seed(seed + 1)
     roots = [o for o in outputs if o.requires_grad]
-    seeds = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in roots]
+    seeds = [torch.randn(o.shape, generator=generator, dtype=torch.float64, device="cpu").to(o) for o in roots]
     if roots:
         torch.autograd.backward(roots, seeds)
     seen: dict[str, Tensor | None] = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
-    seen.update({f"requires_grad of output {i}": torch.tensor(o.requires_grad) for i, o in enumerate(outputs)})
+    seen.update(
+        {f"requires_grad of output {i}": torch.tensor(o.requires_grad, device="cpu") for i, o in enumerate(outputs)}
+    )
     seen.update({f"gradient of input {i}": x.grad for i, x in enumerate(given) if isinstance(x, Tensor)})
     seen.update({f"gradient of {name}": p.grad for name, p in module.named_parameters()})
     seen.update({f"buffer {name}": b.clone() for name, b in module.named_buffers()})
