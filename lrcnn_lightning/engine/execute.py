@@ -45,19 +45,16 @@ class Execution:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._prepared = Prepared(plan.graph)
+        self._drops = plan.drops
 
     def __call__(self, module: nn.Module, inputs: Sequence[Any]) -> Any:
         """Run the plan on the flat inputs of a call; returns what the module would return."""
         plan, graph = self.plan, self.plan.graph
         store = _given(graph.graph, module, inputs)
-        for position in plan.prologue:
-            node = graph.nodes[position]
-            store.update(zip(node.outputs, run_node(node, store), strict=True))
+        self._run_plainly(plan.prologue, store)
         for number, segment in enumerate(plan.segments):
             if segment.plain:
-                for position in segment.nodes:
-                    node = graph.nodes[position]
-                    store.update(zip(node.outputs, run_node(node, store), strict=True))
+                self._run_plainly(segment.nodes, store)
             else:
                 call = SegmentCall(graph, segment, self._prepared)
                 outputs = run_segment(call, [store[index] for index in segment.inputs])
@@ -69,6 +66,14 @@ class Execution:
         returned = graph.graph.structure.size
         _write(module, graph.graph.writes, leaves[returned:])
         return graph.graph.structure.put_together(leaves[:returned])
+
+    def _run_plainly(self, nodes: Sequence[int], store: dict[int, Any]) -> None:
+        """Run nodes under ordinary autograd, and drop what is not read any more."""
+        for position in nodes:
+            node = self.plan.graph.nodes[position]
+            store.update(zip(node.outputs, run_node(node, store), strict=True))
+            for index in self._drops.get(position, ()):
+                del store[index]
 
 
 def _write(module: nn.Module, writes: Sequence[Write], leaves: list[Any]) -> None:

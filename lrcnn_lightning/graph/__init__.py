@@ -6,7 +6,18 @@ The graph is plain data.  It can be printed and tested without a plan or an engi
 from lrcnn_lightning.graph.capture import CUMULATIVE, capture, under_autocast
 from lrcnn_lightning.graph.draws import DrawOrder, draws
 from lrcnn_lightning.graph.functional import buffer_values, dependent_values
-from lrcnn_lightning.graph.graph import Context, Graph, Node, Ref, Value, ValueKind, Write, map_refs, references
+from lrcnn_lightning.graph.graph import (
+    Context,
+    Graph,
+    Node,
+    Ref,
+    Value,
+    ValueKind,
+    Write,
+    dense_strides,
+    map_refs,
+    references,
+)
 from lrcnn_lightning.graph.guards import Guard
 from lrcnn_lightning.graph.rehearsal import own_error
 from lrcnn_lightning.graph.structure import Structure, take_apart
@@ -27,6 +38,7 @@ __all__ = [
     "Write",
     "buffer_values",
     "capture",
+    "dense_strides",
     "dependent_values",
     "draws",
     "map_refs",

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lrcnn_lightning.graph import Ref, map_refs
+from lrcnn_lightning.graph import Ref, dense_strides, map_refs
 from lrcnn_lightning.graph.switches import entered
 from lrcnn_lightning.plan.trial import Operand, Trial, called, results_of, tried, without_data
 from lrcnn_lightning.rules import Interval, Reduction, Role, RowGraph, RowRule, Tile
@@ -53,15 +53,26 @@ class Footprint(NamedTuple):
     """The gradient of each map among the inputs that has one."""
 
 
+class ReductionFootprint(NamedTuple):
+    """What some rows of the input of a reduction take, in bytes."""
+
+    partial: float
+    """At the peak of the rows' part."""
+    inject: float
+    """At the peak of making the gradient of the rows."""
+    gradient: float
+    """That gradient, which may be one line for all rows."""
+
+
 class Footprints:
     """The footprints of the nodes of a graph; ``differentiable`` are the values that have a gradient."""
 
     def __init__(self, graph: RowGraph, differentiable: Collection[int]) -> None:
         self.graph, self.differentiable = graph, differentiable
         self._trials: dict[Any, Trial | None] = graph.learned.setdefault("trials", {})
-        self._found: dict[tuple[int, int, int, int], Footprint] = {}
-        self._reductions: dict[int, tuple[float, float]] = {}
-        self._slabs: dict[tuple[int, Interval], Trial | None] = {}
+        self._found: dict[Any, Footprint] = {}
+        self._reductions: dict[int, ReductionFootprint] = {}
+        self._slabs: dict[Any, Trial | None] = {}
         self._strides: dict[int, tuple[int, ...]] | None = graph.learned.get("strides")
 
     @classmethod
@@ -73,13 +84,15 @@ class Footprints:
             known[key] = cls(graph, differentiable)
         return known[key]
 
-    def slab(self, position: int, computed: Interval) -> Footprint:
-        """Of a node with a row rule that computes the rows ``computed`` of its result."""
+    def slab(self, position: int, computed: Interval, unwanted: frozenset[int] = frozenset()) -> Footprint:
+        """Of a node with a row rule that computes the rows ``computed`` of its result; nobody wants the gradients of
+        its ``unwanted`` inputs.
+        """
         height = self.graph.height(self.graph.nodes[position].outputs[0])
-        key = (position, computed.length, computed.lo == 0, computed.hi == height)
+        key = (position, computed.length, computed.lo == 0, computed.hi == height, unwanted)
         found = self._found.get(key)
         if found is None:
-            found = self._found[key] = self._on_the_line(position, computed, height)
+            found = self._found[key] = self._on_the_line(position, computed, height, unwanted)
         return found
 
     def whole(self, position: int) -> Footprint:
@@ -90,18 +103,18 @@ class Footprints:
             found = self._found[key] = self._named(position, self._whole_trial(position), None)
         return found
 
-    def reduction(self, position: int, rows: int, samples: int) -> tuple[float, float]:
-        """Bytes at the peak of a reduction's part of so many rows of its input, and of the gradient of these rows."""
+    def reduction(self, position: int, rows: int, samples: int) -> ReductionFootprint:
+        """Of a reduction's part of so many rows of its input."""
         value = self.graph.nodes[position].inputs[0]
         found = self._reductions.get(position)
         if found is None:
             found = self._reductions[position] = self._reduction_trial(position)
         share = rows / self.graph.height(value) * samples / (self.graph.samples(value) or samples or 1)
-        return found[0] * share, found[1] * share
+        return ReductionFootprint(*(size * share for size in found))
 
     # ---------------------------------------------------------------- trials
 
-    def _on_the_line(self, position: int, computed: Interval, height: int) -> Footprint:
+    def _on_the_line(self, position: int, computed: Interval, height: int, unwanted: frozenset[int]) -> Footprint:
         """From two trials at the same border, or from one where the map is low or the row is the whole of it."""
         rule = self.graph.rules[position]
         assert isinstance(rule, RowRule)
@@ -112,15 +125,15 @@ class Footprints:
             if all(rule.needed(Interval(row, row + 1)).length == middle for row in (0, height - 1)):
                 top = bottom = False
         if (top and bottom) or height < _HIGH + 2:
-            return self._named(position, self._slab_trial(position, computed), computed)
+            return self._named(position, self._slab_trial(position, computed, unwanted), computed)
         low, high = _LOW, _HIGH
         trials = []
         for rows in (low, high):
             lo = 0 if top else height - rows if bottom else (height - rows) // 2
-            trials.append(self._slab_trial(position, Interval(lo, lo + rows)))
+            trials.append(self._slab_trial(position, Interval(lo, lo + rows), unwanted))
         first, second = trials
         if first is None or second is None or first.gradients.keys() != second.gradients.keys():
-            return self._named(position, self._slab_trial(position, computed), computed)
+            return self._named(position, self._slab_trial(position, computed, unwanted), computed)
         part = (length - low) / (high - low)
 
         def at(a: float, b: float) -> float:
@@ -137,19 +150,22 @@ class Footprints:
         )
         return self._named(position, line, computed)
 
-    def _slab_trial(self, position: int, computed: Interval) -> Trial | None:
-        key = (position, computed)
+    def _slab_trial(self, position: int, computed: Interval, unwanted: frozenset[int]) -> Trial | None:
+        key = (position, computed, unwanted)
         if key not in self._slabs:
-            self._slabs[key] = self._try_slab(position, computed)
+            self._slabs[key] = self._try_slab(position, computed, unwanted)
         return self._slabs[key]
 
-    def _try_slab(self, position: int, computed: Interval) -> Trial | None:
+    def _try_slab(self, position: int, computed: Interval, unwanted: frozenset[int]) -> Trial | None:
         graph, node, rule = self.graph, self.graph.nodes[position], self.graph.rules[position]
         assert isinstance(rule, RowRule)
         batch = graph.axes[node.outputs[0]].batch
         samples = 0 if batch is None else graph.values[node.outputs[0]].shape[batch]
         tile, needed = Tile(computed, Interval(0, samples)), rule.needed(computed)
         operands = {number: self._operand(index, needed) for number, index in enumerate(node.inputs)}
+        for number, index in enumerate(node.inputs):
+            if index in unwanted:
+                operands[number] = operands[number]._replace(wanted=False)
 
         def call(tensors: Mapping[int, Tensor]) -> Any:
             numbers = {index: number for number, index in enumerate(node.inputs)}
@@ -207,7 +223,7 @@ class Footprints:
         made_by_rows = index in graph.producer and graph.roles[graph.producer[index]] is Role.ROW
         # Rows are written to a map that is contiguous; a slab may be a view.
         known = None if rows is None and made_by_rows else self._known_strides().get(index)
-        strides = _dense(shape, known)
+        strides = dense_strides(shape, known)
         return Operand(tuple(shape), strides, value.dtype, value.device, counted, wanted)
 
     def _known_strides(self) -> dict[int, tuple[int, ...]]:
@@ -226,12 +242,12 @@ class Footprints:
             tensors: dict[int, Tensor] = {}
             for index in node.inputs:
                 value = graph.values[index]
-                given = strides.get(index) or _dense(value.shape, None)
+                given = strides.get(index) or dense_strides(value.shape, None)
                 tensors[index] = torch.empty_strided(value.shape, given, dtype=value.dtype, device=value.device)
             for index, result in results_of(node, tensors, graph.values).items():
                 strides[index] = tuple(result.stride())
 
-    def _reduction_trial(self, position: int) -> tuple[float, float]:
+    def _reduction_trial(self, position: int) -> ReductionFootprint:
         """On the full map; what a reduction takes is in proportion to its rows."""
         graph, node, rule = self.graph, self.graph.nodes[position], self.graph.rules[position]
         assert isinstance(rule, Reduction)
@@ -239,7 +255,7 @@ class Footprints:
         slab = self._operand(index, rows)._replace(wanted=False)
         outputs = [self._operand(output, None)._replace(wanted=False, counted=False) for output in node.outputs]
         gradients = dict(enumerate((slab, *outputs)))
-        known: dict[Any, tuple[float, float]] = graph.learned.setdefault("reductions", {})
+        known: dict[Any, ReductionFootprint] = graph.learned.setdefault("reductions", {})
         signature = self._signature(position, (rule, rows), gradients)
         if signature in known:
             return known[signature]
@@ -255,10 +271,11 @@ class Footprints:
         for call, operands in ((partial, {0: slab}), (inject, gradients)):
             try:
                 trial = tried(call, operands, graph.autocast)
-                found.append(trial.forward + sum(trial.results))
+                found.append((trial.forward, float(sum(trial.results))))
             except Exception:  # as above
-                found.append(float(graph.values[index].bytes))
-        known[signature] = found[0], found[1]
+                found.append((0.0, float(graph.values[index].bytes)))
+        (passing, part), (injecting, gradient) = found
+        known[signature] = ReductionFootprint(passing + part, injecting + gradient, gradient)
         return known[signature]
 
     def _named(self, position: int, trial: Trial | None, rows: Interval | None) -> Footprint:
@@ -291,16 +308,6 @@ class Footprints:
     def _bytes(self, index: int, rows: Interval | None) -> float:
         size, height = float(self.graph.values[index].bytes), self.graph.height(index)
         return size if rows is None or not height else size * rows.length / height
-
-
-def _dense(shape: Any, order: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Strides without gaps of a shape, its dimensions in the order of other strides; contiguous without these."""
-    dimensions = sorted(range(len(shape)), key=lambda d: (-order[d], d) if order else (0, d))
-    strides, step = [0] * len(shape), 1
-    for dimension in reversed(dimensions):
-        strides[dimension] = step
-        step *= max(shape[dimension], 1)
-    return tuple(strides)
 
 
 def _frozen(tree: Any) -> Any:

@@ -1,13 +1,15 @@
 """What plain, column-centric execution costs: what every plan is compared with.
 
-Its memory is found by running the captured operations once on tensors without data, with autograd, as the monitor
-measures a module: no model of what autograd saves could be nearer. Its time is that of the nominal machine.
+Its memory is found by running the operations once as the module's code has them, in place where it says so, on tensors
+without data, with autograd, as the monitor measures a module: no model of what autograd saves could be nearer. Its time
+is that of the nominal machine.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,9 +20,8 @@ from lrcnn_lightning.graph.switches import entered
 from lrcnn_lightning.monitor.measure import measure_module
 from lrcnn_lightning.plan.cost import Cost
 from lrcnn_lightning.plan.machine import CPU, Machine
-from lrcnn_lightning.plan.retained import is_parameter
 from lrcnn_lightning.plan.trial import Autocast, without_data
-from lrcnn_lightning.plan.work import Work, is_weight
+from lrcnn_lightning.plan.work import Work
 from lrcnn_lightning.rules import Role, RowGraph
 
 __all__ = ["plain_cost"]
@@ -38,9 +39,9 @@ def plain_cost(graph: RowGraph, differentiable: Collection[int], machine: Machin
 
 def _memory(graph: Graph, differentiable: Collection[int], autocast: Autocast | None) -> tuple[int, tuple[int, ...]]:
     """The peak of activation memory of a step, and what is live after each operation, in bytes."""
-    for in_place in (True, False):
+    for source in (graph.source, graph):
         with without_data(), contextlib.suppress(Exception):
-            module = _Captured(graph, differentiable, in_place, autocast)
+            module = _Captured(source or graph, graph.outputs, differentiable, autocast)
             inputs = [_made(value).requires_grad_(value.index in differentiable) for value in graph.inputs]
             step = measure_module(module, *inputs, grad=bool(differentiable), record=True)
             return step.peak_bytes, step.timeline
@@ -54,17 +55,16 @@ def _made(value: Value) -> Tensor:
 
 
 class _Captured(nn.Module):
-    """The captured operations as a module whose tensors have no data."""
+    """The captured operations as a module whose tensors have no data; it returns as many values as ``outputs``."""
 
     def __init__(
-        self, graph: Graph, differentiable: Collection[int], in_place: bool, autocast: Autocast | None
+        self, graph: Graph, outputs: Sequence[Any], differentiable: Collection[int], autocast: Autocast | None
     ) -> None:
         super().__init__()
         self._autocast = (
             contextlib.nullcontext() if autocast is None else torch.autocast(autocast[0], dtype=autocast[1])
         )
-        self._in_place = in_place
-        self._graph = graph
+        graph = self._graph = replace(graph, outputs=graph.outputs[: len(outputs)])
         self._given: dict[int, Tensor] = {}
         for value in graph.values:
             if value.kind in (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT):
@@ -83,7 +83,7 @@ class _Captured(nn.Module):
         store = dict(self._given)
         store.update(zip((value.index for value in graph.inputs), inputs, strict=True))
         for position, node in enumerate(graph.nodes):
-            store.update(zip(node.outputs, _run(node, store, self._in_place), strict=False))
+            store.update(zip(node.outputs, _run(node, store), strict=False))
             for index in self._dropped.get(position, ()):
                 store.pop(index, None)
         return [store[index] for index in graph.output_values()]
@@ -117,34 +117,22 @@ def _dropped(graph: Graph) -> dict[int, list[int]]:
     return result
 
 
-def _run(node: Node, store: Mapping[int, Any], in_place: bool) -> tuple[Any, ...]:
-    """The results of a node; with ``in_place`` over its first argument where the module's code said so."""
+def _run(node: Node, store: Mapping[int, Any]) -> tuple[Any, ...]:
+    """The results of a node."""
 
     def tensor(ref: Ref) -> Any:
         return store[ref.index]
 
     args, kwargs = map_refs(node.args, tensor), map_refs(node.kwargs, tensor)
     with entered(node.context):
-        result = (_over_its_argument(node) if in_place and node.in_place else node.op)(*args, **kwargs)
+        result = node.op(*args, **kwargs)
     return tuple(result) if isinstance(result, (list, tuple)) else (result,)
-
-
-def _over_its_argument(node: Node) -> Any:
-    """The operation as the module's code called it."""
-    packet = getattr(torch.ops.aten, node.op._schema.name.split("::")[1] + "_")
-    return getattr(packet, node.op._overloadname)
 
 
 def _seconds(graph: RowGraph, differentiable: Collection[int], machine: Machine) -> float:
     work = Work(graph, machine, machine.seconds_a_call)
     seconds = 0.0
-    for position, node in enumerate(graph.nodes):
-        if graph.roles[position] is Role.PROLOGUE:
-            continue
-        seconds += work.forward(position)
-        if any(output in differentiable for output in node.outputs):
-            wanted = [index for index in node.inputs if index in differentiable]
-            weights = sum(is_parameter(graph, index) and is_weight(graph, index) for index in wanted)
-            maps = sum(not is_parameter(graph, index) for index in wanted)
-            seconds += work.backward(position, 1.0, maps + weights, weights)
+    for position, role in enumerate(graph.roles):
+        if role is not Role.PROLOGUE:
+            seconds += work.forward(position) + work.backward_whole(position, differentiable)
     return seconds
