@@ -136,7 +136,7 @@ class _BackwardRow:
     def _tap_input(self, value: int) -> Tensor:
         """A whole value, or the slab of a source map, that this pass collects the gradient of."""
         if not self.graph.is_map(value):
-            return self._tap(self.store[value], partial(self.gradients.add, value))
+            return self._tap(self.store[value], partial(self.gradients.add, value, more=True))
         tile = Tile(self.row.reads[value], self.batch)
         return self._tap(self._stored(value, tile), partial(self.gradients.add_tile, value, tile=tile))
 

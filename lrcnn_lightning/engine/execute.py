@@ -66,6 +66,7 @@ class Execution:
         self._draws = draws_numbers(plan.graph)
         self._copied = written_buffers(plan.graph)
         """Of what, with the random states, there are copies while the plan has not been executed to its end yet."""
+        self._drops = plan.drops
 
     def __call__(self, module: nn.Module, inputs: Sequence[Any]) -> Any:
         """Run the plan on the flat inputs of a call; returns what the module would return.
@@ -87,14 +88,10 @@ class Execution:
         plan, graph = self.plan, self.plan.graph
         store = _sources(graph.graph, module, _prefixed(graph.graph, module, inputs))
         record = CallRecord()
-        for position in plan.prologue:
-            node = graph.nodes[position]
-            store.update(zip(node.outputs, run_node(node, store), strict=True))
+        self._run_plainly(plan.prologue, store)
         for number, segment in enumerate(plan.segments):
             if segment.plain:
-                for position in segment.nodes:
-                    node = graph.nodes[position]
-                    store.update(zip(node.outputs, run_node(node, store), strict=True))
+                self._run_plainly(segment.nodes, store)
             else:
                 call = SegmentCall(graph, segment, self._prepared)
                 outputs = run_segment(call, [store[index] for index in segment.inputs], record, self._told)
@@ -111,6 +108,14 @@ class Execution:
         returned = graph.graph.structure.size
         _write(module, graph.graph.writes, leaves[returned:])
         return graph.graph.structure.put_together(leaves[:returned])
+
+    def _run_plainly(self, nodes: Sequence[int], store: dict[int, Any]) -> None:
+        """Run nodes under ordinary autograd, and drop what is not read any more."""
+        for position in nodes:
+            node = self.plan.graph.nodes[position]
+            store.update(zip(node.outputs, run_node(node, store), strict=True))
+            for index in self._drops.get(position, ()):
+                del store[index]
 
     def _told(self, event: str) -> None:
         """Maps that are returned are copied once one was changed, so that what is kept of the next ones stays."""

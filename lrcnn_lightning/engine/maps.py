@@ -188,18 +188,18 @@ class Gradients:
         self._tensors[value] = gradient
         self._borrowed.add(value)
 
-    def add(self, value: int, gradient: Tensor) -> None:
-        """Add the gradient of a whole value or full map."""
+    def add(self, value: int, gradient: Tensor, more: bool = False) -> None:
+        """Add the gradient of a whole value or full map; ``more``: others will come, so a copy of it is begun with."""
         self._finish(value)
         present = self._tensors.get(value)
         if present is None:
-            is_map = self._axes_of(value).row is not None
-            if is_map and not _is_part(gradient):
-                self.lend(value, gradient)  # autograd may have given the same tensor to somebody else
-            elif gradient.dtype in (torch.float16, torch.bfloat16) and not is_map:
+            if gradient.dtype in (torch.float16, torch.bfloat16) and self._axes_of(value).row is None:
                 self._tensors[value] = gradient.float()
-            else:
+            elif more or _is_part(gradient):
                 self._tensors[value] = gradient.clone()
+            else:  # autograd may have given the same tensor to somebody else
+                self._tensors[value] = gradient
+                self._borrowed.add(value)
         elif value in self._borrowed:
             self._tensors[value] = present + gradient
             self._borrowed.discard(value)

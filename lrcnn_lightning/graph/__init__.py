@@ -7,7 +7,18 @@ from lrcnn_lightning.graph.capture import CUMULATIVE, capture, under_autocast
 from lrcnn_lightning.graph.custom_functions import CustomFunction, elementwise, is_elementwise
 from lrcnn_lightning.graph.draws import DrawOrder, draws
 from lrcnn_lightning.graph.functional import buffer_values, dependent_values
-from lrcnn_lightning.graph.graph import Context, Graph, Node, Ref, Value, ValueKind, Write, map_refs, references
+from lrcnn_lightning.graph.graph import (
+    Context,
+    Graph,
+    Node,
+    Ref,
+    Value,
+    ValueKind,
+    Write,
+    dense_strides,
+    map_refs,
+    references,
+)
 from lrcnn_lightning.graph.guards import Guard
 from lrcnn_lightning.graph.hooks import HOOK_TABLES, HookCall, computes_weight
 from lrcnn_lightning.graph.reasons import in_words
@@ -37,6 +48,7 @@ __all__ = [
     "buffer_values",
     "capture",
     "computes_weight",
+    "dense_strides",
     "dependent_values",
     "draws",
     "elementwise",

@@ -25,7 +25,7 @@ import torch
 
 from lrcnn_lightning.errors import CaptureError
 from lrcnn_lightning.graph.draws import DrawOrder
-from lrcnn_lightning.graph.graph import Graph, Node, Ref, Value, ValueKind, map_refs, references
+from lrcnn_lightning.graph.graph import Graph, Node, Ref, Value, ValueKind, dense_strides, map_refs, references
 from lrcnn_lightning.graph.views import base_of, views_of, write_back, written_argument
 
 __all__ = ["buffer_values", "dependent_values", "functionalise"]
@@ -86,7 +86,8 @@ def functionalise(graph: Graph) -> Graph:
     """
     values = list(graph.values)
     nodes = [made for node in graph.nodes for made in _without_data(values, node)]
-    return _Functionaliser(replace(graph, values=tuple(values), nodes=tuple(nodes))).run()
+    functional = _Functionaliser(replace(graph, values=tuple(values), nodes=tuple(nodes))).run()
+    return replace(functional, source=graph)
 
 
 _LIVE = (ValueKind.BUFFER, ValueKind.PARAMETER)
@@ -303,7 +304,7 @@ def _without_data(values: list[Value], node: Node) -> list[Node]:
     value = values[output]
     args: tuple[Any, ...] = (list(value.shape),)
     kwargs = {"dtype": value.dtype, "device": value.device}
-    if value.strides is None or torch.empty(value.shape, device="meta").stride() == value.strides:
+    if value.strides is None or dense_strides(value.shape) == value.strides:
         args += (node.args[_FILLED[node.op]],) if node.op in _FILLED else ()
         return [replace(node, op=factory, args=args, kwargs=kwargs)]
     args += (list(value.strides),)
@@ -322,10 +323,10 @@ def _without_data(values: list[Value], node: Node) -> list[Node]:
 def _functional(node: Node) -> Node:
     """The functional overload of an in-place operation, with the same arguments."""
     if node.op in _FILLS:
-        return replace(node, op=_FILLS[node.op], in_place=True)
+        return replace(node, op=_FILLS[node.op])
     name = node.op._schema.name.split("::")[1]
     packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
     overload = None if packet is None else getattr(packet, node.op._overloadname, None)
     if overload is None:
         raise CaptureError(f"{node.op} at {node.module or 'the top'} has no functional form")
-    return replace(node, op=overload, in_place=True)
+    return replace(node, op=overload)

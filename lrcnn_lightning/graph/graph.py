@@ -13,7 +13,7 @@ the lists, tuples and dicts of the ATen signature.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,7 +23,19 @@ import torch
 from lrcnn_lightning.graph.guards import Guards
 from lrcnn_lightning.graph.structure import Structure
 
-__all__ = ["Context", "Graph", "Node", "Prefix", "Ref", "Value", "ValueKind", "Write", "map_refs", "references"]
+__all__ = [
+    "Context",
+    "Graph",
+    "Node",
+    "Prefix",
+    "Ref",
+    "Value",
+    "ValueKind",
+    "Write",
+    "dense_strides",
+    "map_refs",
+    "references",
+]
 
 
 @dataclass(frozen=True)
@@ -102,8 +114,6 @@ class Node:
     outputs: tuple[int, ...] = ()
     module: str = ""
     context: Context = Context()
-    in_place: bool = False
-    """Whether the module's code wrote the result over the first argument; here it is a value of its own."""
 
     @cached_property
     def inputs(self) -> tuple[int, ...]:
@@ -141,7 +151,7 @@ class Graph:
 
     ``outputs`` are the leaves of what the module returns, in ``structure``: a `Ref` or a plain constant. After them
     come the leaves of attributes that its code sets at every call (``writes``). ``guards`` are what the code read of
-    Python while it was captured.
+    Python while it was captured. ``source`` is the graph as the code has it, where this one is in functional form.
     """
 
     values: tuple[Value, ...]
@@ -154,6 +164,7 @@ class Graph:
     arguments: int = 0
     """The number of flat arguments of a call."""
     prefix: Prefix = Prefix()
+    source: Graph | None = field(default=None, repr=False, compare=False)
 
     @property
     def inputs(self) -> tuple[Value, ...]:
@@ -211,3 +222,13 @@ def map_refs(tree: Any, replace: Callable[[Ref], Any]) -> Any:
     if isinstance(tree, dict):
         return {key: map_refs(item, replace) for key, item in tree.items()}
     return tree
+
+
+def dense_strides(shape: Sequence[int], order: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Strides without gaps of a shape, its dimensions in the order of other strides; contiguous without these."""
+    dimensions = sorted(range(len(shape)), key=lambda d: (-order[d], d) if order else (0, d))
+    strides, step = [0] * len(shape), 1
+    for dimension in reversed(dimensions):
+        strides[dimension] = step
+        step *= max(shape[dimension], 1)
+    return tuple(strides)

@@ -7,7 +7,7 @@ Work is time on a nominal machine: floating-point operations, bytes moved, and a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from lrcnn_lightning.plan.duration import Durations
 from lrcnn_lightning.plan.loop import BackwardPass, Loop, LoopRun
 from lrcnn_lightning.plan.machine import CPU, Machine
 from lrcnn_lightning.plan.memo import LoopCost, Memo, Passage
-from lrcnn_lightning.plan.memory import Memory
+from lrcnn_lightning.plan.memory import Entry, Key, Memory
 from lrcnn_lightning.plan.passage import Passages
 from lrcnn_lightning.plan.program import (
     BackwardRows,
@@ -29,7 +29,8 @@ from lrcnn_lightning.plan.program import (
     SegmentProgram,
     Sweep,
 )
-from lrcnn_lightning.plan.retained import is_parameter, sum_bytes
+from lrcnn_lightning.plan.retained import is_parameter
+from lrcnn_lightning.plan.wholes import Wholes
 from lrcnn_lightning.rules import RowGraph
 
 __all__ = ["Cost", "program_cost"]
@@ -66,68 +67,63 @@ class _Simulation:
         self,
         graph: RowGraph,
         differentiable: Collection[int],
+        drops: Mapping[int, Sequence[int]],
         machine: Machine,
         memory: Memory | None,
         memo: Memo | None,
     ) -> None:
-        self.graph, self.differentiable = graph, differentiable
+        self.graph, self.differentiable, self.drops = graph, differentiable, drops
         known = memo or Memo()
         self.passages = known.simulated = known.simulated or Passages(graph, differentiable, machine)
         self.durations = known.durations = known.durations or Durations(graph, machine, differentiable)
         self.work = self.durations.work
-        self.machine = machine
-        self.memory = self.passages.memory = memory or Memory(machine)
+        self.wholes = Wholes(graph, self.passages.footprints, differentiable)
+        self._work_in(memory or Memory(machine))
         self.memo = memo
         self.seconds = 0.0
+        self.start = 0
+        """What was live when the segment that is run began, in bytes."""
         self.step_peaks: list[int] = []
         """The peak during each step of the backward pass of a segment, in bytes."""
         self.loops: list[LoopCost] = []
         """Of the segment that is run."""
         self.segments: list[tuple[int, tuple[LoopCost, ...]]] = []
 
+    def _work_in(self, memory: Memory) -> None:
+        self.memory = self.passages.memory = self.wholes.memory = memory
+
     def _once(
-        self, key: tuple[Any, ...], given: dict[tuple[Any, ...], int], run: Callable[[], None], name: str | None = None
+        self, key: tuple[Any, ...], given: Sequence[Entry], run: Callable[[], None], name: str | None = None
     ) -> tuple[Passage, int]:
         """Run something once in a memory of its own, and let every run with the same ``key`` have the same effect.
 
         ``given``: what is in memory before, of that which it looks at or frees. Among keys of memory ``name`` stands
-        for the loop of which they are, and may be another in each run. Also returned are the bytes that are there and
-        were not given.
+        for the loop of which they are, and may be another in each run. Also returned are the bytes that were live
+        before.
         """
         assert self.memo is not None
         memory = self.memory
-        key = (*key, tuple((k[2:] if k[1] == name else k, size) for k, size in given.items()))
+        key = (*key, tuple((e.key[2:] if e.key[1] == name else e.key, *e[1:]) for e in given))
         found = self.memo.passages.get(key)
         if found is None:
-            outside = self.seconds, self.loops, self.step_peaks
-            self.memory = self.passages.memory = Memory(self.machine)
-            self.seconds, self.loops, self.step_peaks = 0.0, [], []
-            for k, size in given.items():
-                self.memory.put(k, size)
+            outside = self.start, self.seconds, self.loops, self.step_peaks
+            self._work_in(Memory.beginning_with(given, memory.machine))
+            self.start, self.seconds, self.loops, self.step_peaks = self.memory.live, 0.0, [], []
             run()
-            left = tuple(self.memory.entries())
-            found = Passage(self.memory.peak, self.seconds, left, name, tuple(self.loops), tuple(self.step_peaks))
+            peaks = tuple(peak - self.start for peak in self.step_peaks)
+            added = self.memory.peak - self.start
+            found = Passage(added, self.seconds, self.memory.left(), name, tuple(self.loops), peaks)
             self.memo.passages[key] = found
-            self.memory = self.passages.memory = memory
-            self.seconds, self.loops, self.step_peaks = outside
-        rest = memory.live - sum(given.values())
-        memory.touch(found.peak_bytes - sum(given.values()))
-        after = {(k[0], name, *k[2:]) if k[1] == found.name else k: size for k, size in found.left}
-        for k in given:
-            if k not in after:
-                memory.free(k)
-        for k, size in after.items():
-            memory.put(k, size)
+            self._work_in(memory)
+            self.start, self.seconds, self.loops, self.step_peaks = outside
+        rest = memory.live
+        memory.touch(found.added_bytes)
+        memory.replace(given, _of_loop(found, name))
         self.seconds += found.seconds
         return found, rest
 
     def _loop(
-        self,
-        run: LoopRun,
-        carries: Any,
-        name: str | None,
-        given: dict[tuple[Any, ...], int],
-        simulate: Callable[[], None],
+        self, run: LoopRun, carries: Any, name: str | None, given: Sequence[Entry], simulate: Callable[[], None]
     ) -> None:
         """Simulate a loop, or take over what is known of one that is alike but for its ``name``; ``carries``: what
         becomes of them.
@@ -140,46 +136,58 @@ class _Simulation:
         if self.memo is None:
             timed()
             return
-        before = self.memory.live
-        found, _ = self._once((run.key, carries), given, timed, name)
-        own, left = found.peak_bytes - sum(given.values()), self.memory.live
-        self.loops.append(LoopCost(run, left, own - (left - before), found.seconds))
+        found, before = self._once((run.key, carries), given, timed, name)
+        stays = self.memory.live - before
+        self.loops.append(LoopCost(run, self.memory.live - self.start, found.added_bytes - stays, found.seconds))
+
+    def run_prologue(self, nodes: Sequence[int]) -> None:
+        """Simulate what does not depend on the data: the same in every plan, and it counts as no work."""
+        self.wholes.plainly(nodes, self.drops)
 
     def run_forward(self, segment: SegmentProgram) -> None:
         """Simulate the forward pass of a segment."""
-        if segment.plain:
-            for position in segment.nodes:
-                self._whole(position, plain=True)
-        elif self.memo is None:
-            self._forward(segment)
-        else:
-            found, rest = self._once((segment, "forward"), {}, lambda: self._forward(segment))
-            self.segments.append((rest, found.loops))
+        run = partial(self._plainly if segment.plain else self._forward, segment)
+        if self.memo is None:
+            run()
+            return
+        given = self.memory.given(self.memory.of("map", segment.inputs))
+        found, rest = self._once((segment, "forward"), given, run)
+        self.segments.append((rest, found.loops))
 
     def run_backward(self, segment: SegmentProgram, kept_before: Collection[int]) -> tuple[int, ...]:
         """Simulate the backward pass of a segment: the peak during each step of it, in bytes.
 
         ``kept_before``: what earlier segments keep for their own backward pass, which comes later.
         """
-        graph, memory = self.graph, self.memory
-        if segment.plain:
-            for position in reversed(segment.nodes):
-                self._backward_whole(position, plain=True)
-                self.memory.free(("extra", position))
-                for output in graph.nodes[position].outputs:
-                    memory.free(("map", output))
-                    memory.free(("gradient", output))
-            return ()
+        memory = self.memory
+        kept = frozenset(kept_before).intersection((*segment.kept, *segment.outputs))
+        run = partial(self._differentiate_plainly, segment)
+        if not segment.plain:
+            run = partial(self._backward, segment, kept)
         if self.memo is None:
             self.step_peaks = []
-            self._backward(segment, kept_before)
+            run()
             return tuple(self.step_peaks)
-        seen = {*segment.inputs, *(o for p in segment.nodes for o in graph.nodes[p].outputs)}
-        given = {**memory.of("map", seen), **memory.of("gradient", seen), **memory.within("keep", segment.name)}
-        kept = frozenset(kept_before).intersection((*segment.kept, *segment.outputs))
-        found, rest = self._once((segment, kept), given, lambda: self._backward(segment, kept))
+        seen = {*segment.inputs, *(o for p in segment.nodes for o in self.graph.nodes[p].outputs)}
+        keys = [*memory.of("map", seen), *memory.of("gradient", seen), *memory.within("keep", segment.name)]
+        if segment.plain:
+            keys += self.wholes.saved(segment.nodes)
+        found, rest = self._once((segment, kept), memory.given(keys), run)
         self.segments.append((rest, found.loops))
         return tuple(peak + rest for peak in found.step_peaks)
+
+    # ---------------------------------------------------------------- plainly
+
+    def _plainly(self, segment: SegmentProgram) -> None:
+        self.wholes.plainly(segment.nodes, self.drops)
+        self.seconds += sum(self.work.forward(position) for position in segment.nodes)
+
+    def _differentiate_plainly(self, segment: SegmentProgram) -> None:
+        self.wholes.differentiate_plainly(segment.nodes)
+        self.seconds += sum(self._backward_seconds(position) for position in segment.nodes)
+
+    def _backward_seconds(self, position: int) -> float:
+        return self.work.backward_whole(position, self.differentiable)
 
     # ---------------------------------------------------------------- forward
 
@@ -188,33 +196,28 @@ class _Simulation:
             if isinstance(step, RunRows):
                 self._rows(step.loop, step.kept_carries, stored=True)
             elif isinstance(step, (RunWhole, Effect)):
-                self._whole(step.node)
+                self.wholes.run(step.node)
+                self.seconds += self.work.forward(step.node)
             elif isinstance(step, Free):
                 self.memory.free(("map", step.value))
-
-    def _whole(self, position: int, plain: bool = False) -> None:
-        """A node on full maps; in a ``plain`` segment autograd saves what it needs beside these."""
-        node = self.graph.nodes[position]
-        if node.outputs:
-            footprint = self.passages.footprints.whole(position)
-            saved = footprint.extra if plain and any(o in self.differentiable for o in node.outputs) else 0.0
-            self.memory.touch(sum(footprint.results) + max(saved + footprint.recompute, footprint.forward))
-            if saved:
-                self.memory.allocate(("extra", position), saved)
-        for output in self.graph.nodes[position].outputs:
-            self.memory.allocate(("map", output), self.graph.values[output].bytes)
-        self.seconds += self.work.forward(position)
+        staying = {*segment.outputs, *segment.kept}
+        for position in segment.nodes:
+            for output in self.graph.nodes[position].outputs:
+                if output not in staying:
+                    self.memory.free(("map", output))
 
     def _rows(self, loop: Loop, kept_carries: frozenset[int], stored: bool) -> None:
-        given = {k: 0 for v in loop.stored if (k := ("map", v)) in self.memory}
+        given = _flags(self.memory.of("map", loop.stored))
         simulate = partial(self.passages.rows, loop, kept_carries, stored)
         self._loop(LoopRun(loop, stored), kept_carries, loop.name, given, simulate)
 
     def _backward_rows(self, run: BackwardPass, dropped: str | None) -> None:
-        given = {k: 0 for v in (*run.maps, *run.wholes) if (k := ("gradient", v)) in self.memory}
-        made = frozenset(k[1] for k in given if k[1] in run.maps)
+        known = self.memory.of("gradient", (*run.maps, *run.wholes))
+        made = frozenset(key[1] for key in known if key[1] in run.maps)
+        given = _flags(known)
         if dropped is not None:
-            given.update(self.memory.matching("keep", (dropped,)))
+            carries = self.memory.given(self.memory.matching("keep", (dropped,)))
+            given += tuple(entry._replace(storage=entry.storage + len(known)) for entry in carries)
         simulate = partial(self.passages.backward_rows, run, dropped)
         self._loop(LoopRun(run.loop, backward=run, made=made), dropped is None, dropped, given, simulate)
 
@@ -233,8 +236,9 @@ class _Simulation:
             elif isinstance(step, Sweep):
                 self._rows(step.loop, step.loop.carried, stored=False)
             elif isinstance(step, BackwardWhole):
-                self._borrow(segment, graph.maps_read[step.node])
-                self._backward_whole(step.node)
+                self._borrow(segment, graph.nodes[step.node].inputs)
+                self.wholes.differentiate(step.node, again=True)
+                self.seconds += self.work.forward(step.node) + self._backward_seconds(step.node)
             elif isinstance(step, Free):
                 memory.free(("map", step.value))
             elif isinstance(step, FreeGradient) and (
@@ -254,8 +258,12 @@ class _Simulation:
             if is_parameter(graph, index):  # its sum becomes its ``.grad``
                 memory.free(("gradient", index))
         for index in received:
-            memory.free(("gradient", index))
-            memory.rename(("received", index), ("gradient", index))
+            ours = memory.size(("gradient", index))
+            if ours > memory.size(("received", index)):  # which takes no memory where it comes of a loss
+                memory.free(("received", index))
+            else:
+                memory.free(("gradient", index))
+                memory.rename(("received", index), ("gradient", index))
 
     def _borrow(self, segment: SegmentProgram, values: Collection[int]) -> None:
         """The gradient of an output is autograd's, for as long as the segment runs: what adds to it makes a copy."""
@@ -264,27 +272,29 @@ class _Simulation:
             if value in segment.outputs and ("gradient", value) in memory and ("borrowed", value) not in memory:
                 memory.rename(("gradient", value), ("borrowed", value))
 
-    def _backward_whole(self, position: int, plain: bool = False) -> None:
-        """The gradients of a node on full maps, which is run again for them but in a ``plain`` segment."""
-        node = self.graph.nodes[position]
-        if node.outputs and any(o in self.differentiable for o in node.outputs):
-            footprint = self.passages.footprints.whole(position)
-            again = 0.0 if plain else sum(footprint.results) + footprint.extra
-            self.memory.touch(again + max(0.0 if plain else footprint.recompute, footprint.backward))
-        for index in node.inputs:
-            if index in self.differentiable:
-                summed = not plain and not self.graph.is_map(index)
-                size = sum_bytes(self.graph, index) if summed else self.graph.values[index].bytes
-                if size and (summed or not is_parameter(self.graph, index)):
-                    self.memory.allocate(("gradient", index), size)
-        self.seconds += self.work.forward(position) + self.work.backward(position, 1.0, 2, 1)
+
+def _flags(keys: Iterable[Key]) -> tuple[Entry, ...]:
+    """That something is under these keys, whatever it is."""
+    return tuple(Entry(key, 0, number) for number, key in enumerate(keys))
+
+
+def _of_loop(passage: Passage, name: str | None) -> tuple[Entry, ...]:
+    """What a passage leaves, with the name of the loop that runs instead of that of the loop that was simulated."""
+    if passage.name == name:
+        return passage.left
+    return tuple(
+        entry._replace(key=(entry.key[0], name, *entry.key[2:])) if entry.key[1] == passage.name else entry
+        for entry in passage.left
+    )
 
 
 def program_cost(
     graph: RowGraph,
+    prologue: Sequence[int],
     segments: Sequence[SegmentProgram],
+    drops: Mapping[int, Sequence[int]],
     differentiable: Collection[int],
-    last_reader: dict[int, int],
+    last_reader: Mapping[int, int],
     machine: Machine = CPU,
     memory: Memory | None = None,
     memo: Memo | None = None,
@@ -293,13 +303,14 @@ def program_cost(
 
     With a ``memo`` of what other plans of the graph cost it is found sooner, but has no timeline.
     """
-    simulation = _Simulation(graph, differentiable, machine, memory, memo)
+    simulation = _Simulation(graph, differentiable, drops, machine, memory, memo)
     memory = simulation.memory
     peaks: dict[int, int] = {}  # peak so far -> the segment that was run when it was reached
     step_peaks: dict[str, tuple[int, ...]] = {}
-    kept = _kept(graph, segments) if differentiable else set()
+    kept = {index for segment in segments for index in segment.kept}
     if graph.cast_bytes:
         memory.allocate(("cast",), graph.cast_bytes)
+    simulation.run_prologue(prologue)
     for number, segment in enumerate(segments):
         peaks.setdefault(memory.peak, number - 1)
         simulation.run_forward(segment)
@@ -311,10 +322,13 @@ def program_cost(
         for index in graph.graph.output_values():
             if index not in kept:
                 memory.free(("map", index))  # as where a step returns its loss
+            if index in differentiable:
+                memory.allocate(("gradient", index), 0)  # it comes from outside
         for number, segment in reversed(list(enumerate(segments))):
             peaks.setdefault(memory.peak, min(number + 1, len(segments) - 1))
             kept_before = {index for earlier in segments[:number] for index in earlier.kept}
             step_peaks[segment.name] = simulation.run_backward(segment, kept_before)
+        simulation.wholes.differentiate_plainly(prologue)
     return Cost(
         memory.peak,
         simulation.seconds,
@@ -323,13 +337,3 @@ def program_cost(
         step_peaks,
         tuple(simulation.segments),
     )
-
-
-def _kept(graph: RowGraph, segments: Sequence[SegmentProgram]) -> set[int]:
-    """What is still there in the backward pass: what segments keep, and whatever plain ones read or make."""
-    kept = {index for segment in segments for index in segment.kept}
-    for segment in segments:
-        if segment.plain:
-            kept.update(segment.inputs)
-            kept.update(output for position in segment.nodes for output in graph.nodes[position].outputs)
-    return kept

@@ -50,7 +50,7 @@ class BackwardRow(SimulatedRow):
         graph, run = self.graph, self.run
         node, differentiated = graph.nodes[position], position in run.differentiated
         hollow = position in run.hollow
-        footprint = self.make(position, differentiated, hollow)
+        footprint = self.make(position, differentiated, hollow, self.run.unwanted(graph, position))
         if differentiated:
             if footprint is not None:
                 self._save(position, footprint, hollow)
@@ -77,27 +77,30 @@ class BackwardRow(SimulatedRow):
         """What the reductions of a value add to its gradient: made now, and held until the end of the row."""
         owned = self.row.owned[value].length
         for position in self.injections[value]:
-            _, size = self.footprints.reduction(position, owned, self.samples)
-            self.memory.touch(size)
-            self.buffers.make(("seed", value, position), bytes_of(self.graph, value, owned, self.samples))
+            footprint = self.footprints.reduction(position, owned, self.samples)
+            self.memory.touch(footprint.inject)
+            self.buffers.make(("seed", value, position), footprint.gradient)
 
     def _inject_into_sources(self) -> None:
         for value in self.injections:
             owned = self.row.owned[value]
             if value in self.run.maps and not owned.empty:
                 for position in self.injections[value]:
-                    _, size = self.footprints.reduction(position, owned.length, self.samples)
-                    self.memory.touch(size)
+                    self.memory.touch(self.footprints.reduction(position, owned.length, self.samples).inject)
                 self.memory.allocate(("gradient", value), self.graph.values[value].bytes)
 
     # ---------------------------------------------------------------- backward
 
     def _back(self, position: int, from_below: dict[int, float], handed: dict[int, float]) -> None:
-        """The gradients of a node's results come, those of its inputs are made, what was saved is dropped."""
+        """The gradients of a node's results come, those of its inputs are made, what was saved is dropped.
+
+        Autograd adds gradients to what is there when a node's own ones and what it saved are gone.
+        """
         graph, buffers = self.graph, self.buffers
         node, footprint, share = graph.nodes[position], self.found[position], self.share(position)
         for value in node.outputs:
             self._collect(position, value, from_below)
+        received = []
         if any(("slab gradient", value) in buffers for value in node.outputs):
             for value in node.inputs:
                 if value in self.run.wholes and (size := sum_bytes(graph, value)):
@@ -105,7 +108,11 @@ class BackwardRow(SimulatedRow):
             self.memory.touch(share * footprint.backward + footprint.whole)
             for value, size in footprint.gradients.items():
                 if value in self.run.maps or graph.producer.get(value) in self.run.differentiated:
-                    self._receive(position, value, share * size)
+                    received.append(value)
+                    if (passed := footprint.passed_on.get(value)) is None:
+                        buffers.make(("made", value), share * size)
+                    else:
+                        buffers.share(("made", value), ("slab gradient", passed))
             for buffer in self.held[position]:
                 buffers.release(buffer)
             buffers.drop(("extra", position))
@@ -115,6 +122,8 @@ class BackwardRow(SimulatedRow):
                 handed[value] = bytes_of(graph, value, span.new - span.lo, self.samples)
                 self.memory.allocate(("handed", value, self.r), handed[value])
             buffers.drop(("slab gradient", value))
+        for value in received:
+            self._receive(position, value)
         for value in footprint.gradients:
             if value in self.unreceived:
                 self.unreceived[value] -= 1
@@ -149,9 +158,9 @@ class BackwardRow(SimulatedRow):
         else:
             self.buffers.share(name, shared)
 
-    def _receive(self, position: int, value: int, made: float) -> None:
-        """The gradient of an input of a node, of ``made`` bytes."""
-        graph, rule = self.graph, self.graph.rules[position]
+    def _receive(self, position: int, value: int) -> None:
+        """The gradient of an input of a node, which has been made, is added to what is there."""
+        graph, rule, buffers = self.graph, self.graph.rules[position], self.buffers
         assert isinstance(rule, RowRule)
         needed = rule.needed(self.row.spans[position].computed).length
         producer = graph.producer.get(value)
@@ -160,13 +169,16 @@ class BackwardRow(SimulatedRow):
             there = span.hi - span.lo
         else:
             there = self.row.reads[value].length
-        size = bytes_of(graph, value, there, self.samples)
+        size, made = bytes_of(graph, value, there, self.samples), ("made", value)
         if there != needed:
             # It is the gradient of a part of the slab: in zeros of the slab's size.
-            self.memory.touch(made + size)
-            made = size
-        passed = self.found[position].passed_on.get(value)
-        self._add(("slab gradient", value), made, size, None if passed is None else ("slab gradient", passed))
+            buffers.make(made, size)
+        if ("slab gradient", value) in buffers:
+            self.memory.touch(size)
+            buffers.make(("slab gradient", value), size)
+        else:
+            buffers.share(("slab gradient", value), made)
+        buffers.drop(made)
 
     def _add_to_map(self, value: int) -> None:
         """The gradient of the rows of a source map is complete: it is added to the map's."""

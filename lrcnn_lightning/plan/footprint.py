@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lrcnn_lightning.graph import Ref, map_refs
+from lrcnn_lightning.graph import Ref, dense_strides, map_refs
 from lrcnn_lightning.graph.switches import entered
 from lrcnn_lightning.plan.machine import CPU, Machine
-from lrcnn_lightning.plan.trial import Operand, Trial, called, dense_strides, results_of, tried, without_data
+from lrcnn_lightning.plan.trial import Operand, Trial, called, results_of, tried, without_data
 from lrcnn_lightning.plan.workspace import Call, Workspaces, between
 from lrcnn_lightning.rules import Interval, Reduction, Role, RowGraph, RowRule, Tile
 
@@ -58,6 +58,17 @@ class Footprint(NamedTuple):
     left out."""
 
 
+class ReductionFootprint(NamedTuple):
+    """What some rows of the input of a reduction take, in bytes."""
+
+    partial: float
+    """At the peak of the rows' part."""
+    inject: float
+    """At the peak of making the gradient of the rows."""
+    gradient: float
+    """That gradient, which may be one line for all rows."""
+
+
 class Footprints:
     """The footprints of the nodes of a graph; ``differentiable`` are the values that have a gradient."""
 
@@ -66,9 +77,9 @@ class Footprints:
         self._workspaces = Workspaces(machine, graph.learned.setdefault("workspaces", {}))
         kind = "trials by format" if machine.caching else "trials"
         self._trials: dict[Any, Trial | None] = graph.learned.setdefault(kind, {})
-        self._found: dict[tuple[int, int, int, int], Footprint] = {}
-        self._reductions: dict[int, tuple[float, float]] = {}
-        self._slabs: dict[tuple[int, Interval], Trial | None] = {}
+        self._found: dict[Any, Footprint] = {}
+        self._reductions: dict[int, ReductionFootprint] = {}
+        self._slabs: dict[Any, Trial | None] = {}
         self._strides: dict[int, tuple[int, ...]] | None = graph.learned.get(self._strides_key)
 
     @classmethod
@@ -80,13 +91,15 @@ class Footprints:
             known[key] = cls(graph, differentiable, machine)
         return known[key]
 
-    def slab(self, position: int, computed: Interval) -> Footprint:
-        """Of a node with a row rule that computes the rows ``computed`` of its result."""
+    def slab(self, position: int, computed: Interval, unwanted: frozenset[int] = frozenset()) -> Footprint:
+        """Of a node with a row rule that computes the rows ``computed`` of its result; nobody wants the gradients of
+        its ``unwanted`` inputs.
+        """
         height = self.graph.height(self.graph.nodes[position].outputs[0])
-        key = (position, computed.length, computed.lo == 0, computed.hi == height)
+        key = (position, computed.length, computed.lo == 0, computed.hi == height, unwanted)
         found = self._found.get(key)
         if found is None:
-            found = self._found[key] = self._on_the_line(position, computed, height)
+            found = self._found[key] = self._on_the_line(position, computed, height, unwanted)
         return found
 
     def whole(self, position: int) -> Footprint:
@@ -101,18 +114,18 @@ class Footprints:
             self._found[key] = found
         return found
 
-    def reduction(self, position: int, rows: int, samples: int) -> tuple[float, float]:
-        """Bytes at the peak of a reduction's part of so many rows of its input, and of the gradient of these rows."""
+    def reduction(self, position: int, rows: int, samples: int) -> ReductionFootprint:
+        """Of a reduction's part of so many rows of its input."""
         value = self.graph.nodes[position].inputs[0]
         found = self._reductions.get(position)
         if found is None:
             found = self._reductions[position] = self._reduction_trial(position)
         share = rows / self.graph.height(value) * samples / (self.graph.samples(value) or samples or 1)
-        return found[0] * share, found[1] * share
+        return ReductionFootprint(*(size * share for size in found))
 
     # ---------------------------------------------------------------- trials
 
-    def _on_the_line(self, position: int, computed: Interval, height: int) -> Footprint:
+    def _on_the_line(self, position: int, computed: Interval, height: int, unwanted: frozenset[int]) -> Footprint:
         """From two trials at the same border, or from one where the map is low or the row is the whole of it."""
         rule = self.graph.rules[position]
         assert isinstance(rule, RowRule)
@@ -123,15 +136,15 @@ class Footprints:
             if all(rule.needed(Interval(row, row + 1)).length == middle for row in (0, height - 1)):
                 top = bottom = False
         if (top and bottom) or height < _HIGH + 2:
-            return self._alone(position, computed)
+            return self._alone(position, computed, unwanted)
         low, high = _LOW, _HIGH
         trials = []
         for rows in (low, high):
             lo = 0 if top else height - rows if bottom else (height - rows) // 2
-            trials.append(self._slab_trial(position, Interval(lo, lo + rows)))
+            trials.append(self._slab_trial(position, Interval(lo, lo + rows), unwanted))
         first, second = trials
         if first is None or second is None or first.gradients.keys() != second.gradients.keys():
-            return self._alone(position, computed)
+            return self._alone(position, computed, unwanted)
         part = (length - low) / (high - low)
 
         def at(a: float, b: float) -> float:
@@ -151,9 +164,9 @@ class Footprints:
         workspaces = (self._workspace(*calls, length, height) for calls in products)
         return self._with_workspaces(self._named(position, line, computed), *workspaces)
 
-    def _alone(self, position: int, computed: Interval) -> Footprint:
+    def _alone(self, position: int, computed: Interval, unwanted: frozenset[int]) -> Footprint:
         """From one trial of a row."""
-        trial = self._slab_trial(position, computed)
+        trial = self._slab_trial(position, computed, unwanted)
         found = self._named(position, trial, computed)
         return found if trial is None else self._with_workspaces(found, *map(self._largest_workspace, trial.products))
 
@@ -190,19 +203,22 @@ class Footprints:
         share = (length - below) / (above - below)
         return (1 - share) * at(below) + share * at(above)
 
-    def _slab_trial(self, position: int, computed: Interval) -> Trial | None:
-        key = (position, computed)
+    def _slab_trial(self, position: int, computed: Interval, unwanted: frozenset[int]) -> Trial | None:
+        key = (position, computed, unwanted)
         if key not in self._slabs:
-            self._slabs[key] = self._try_slab(position, computed)
+            self._slabs[key] = self._try_slab(position, computed, unwanted)
         return self._slabs[key]
 
-    def _try_slab(self, position: int, computed: Interval) -> Trial | None:
+    def _try_slab(self, position: int, computed: Interval, unwanted: frozenset[int]) -> Trial | None:
         graph, node, rule = self.graph, self.graph.nodes[position], self.graph.rules[position]
         assert isinstance(rule, RowRule)
         batch = graph.axes[node.outputs[0]].batch
         samples = 0 if batch is None else graph.values[node.outputs[0]].shape[batch]
         tile, needed = Tile(computed, Interval(0, samples)), rule.needed(computed)
         operands = {number: self._operand(index, needed) for number, index in enumerate(node.inputs)}
+        for number, index in enumerate(node.inputs):
+            if index in unwanted:
+                operands[number] = operands[number]._replace(wanted=False)
 
         def call(tensors: Mapping[int, Tensor]) -> Any:
             numbers = {index: number for number, index in enumerate(node.inputs)}
@@ -269,8 +285,8 @@ class Footprints:
         if self._strides is None:
             self._strides = self.graph.learned[self._strides_key] = {}
             if self.machine.caching:
-                given = ((value.index, value.strides) for value in self.graph.values)
-                self._strides.update((index, strides) for index, strides in given if strides is not None)
+                given = (value for value in self.graph.values if value.strides is not None)
+                self._strides.update((value.index, dense_strides(value.shape, value.strides)) for value in given)
             with without_data(self.graph.autocast), torch.no_grad():
                 self._run_for_strides(self._strides)
         return self._strides
@@ -287,12 +303,12 @@ class Footprints:
             tensors: dict[int, Tensor] = {}
             for index in node.inputs:
                 value = graph.values[index]
-                given = dense_strides(value.shape, strides.get(index))
+                given = strides.get(index) or dense_strides(value.shape)
                 tensors[index] = torch.empty_strided(value.shape, given, dtype=value.dtype, device=value.device)
             for index, result in results_of(node, tensors, graph.values).items():
                 strides[index] = tuple(result.stride())
 
-    def _reduction_trial(self, position: int) -> tuple[float, float]:
+    def _reduction_trial(self, position: int) -> ReductionFootprint:
         """On the full map; what a reduction takes is in proportion to its rows."""
         graph, node, rule = self.graph, self.graph.nodes[position], self.graph.rules[position]
         assert isinstance(rule, Reduction)
@@ -300,7 +316,7 @@ class Footprints:
         slab = self._operand(index, rows)._replace(wanted=False)
         outputs = [self._operand(output, None)._replace(wanted=False, counted=False) for output in node.outputs]
         gradients = dict(enumerate((slab, *outputs)))
-        known: dict[Any, tuple[float, float]] = graph.learned.setdefault("reductions", {})
+        known: dict[Any, ReductionFootprint] = graph.learned.setdefault("reductions", {})
         signature = self._signature(position, (rule, rows), gradients)
         if signature in known:
             return known[signature]
@@ -316,10 +332,11 @@ class Footprints:
         for call, operands in ((partial, {0: slab}), (inject, gradients)):
             try:
                 trial = tried(call, operands, graph.autocast)
-                found.append(trial.forward + sum(trial.results))
+                found.append((trial.forward, float(sum(trial.results))))
             except Exception:  # as above
-                found.append(float(graph.values[index].bytes))
-        known[signature] = found[0], found[1]
+                found.append((0.0, float(graph.values[index].bytes)))
+        (passing, part), (injecting, gradient) = found
+        known[signature] = ReductionFootprint(passing + part, injecting + gradient, gradient)
         return known[signature]
 
     def _named(self, position: int, trial: Trial | None, rows: Interval | None) -> Footprint:

@@ -69,6 +69,18 @@ class BackwardPass:
     maps: tuple[int, ...]
     wholes: tuple[int, ...]
     hollow: frozenset[int] = field(default_factory=frozenset)
+    _unwanted: dict[int, frozenset[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def unwanted(self, graph: RowGraph, position: int) -> frozenset[int]:
+        """The inputs of a node of which this pass collects no gradient, and hands none on."""
+        if position not in self._unwanted:
+            wanted = {*self.maps, *self.wholes}
+            self._unwanted[position] = frozenset(
+                value
+                for value in graph.nodes[position].inputs
+                if value not in wanted and graph.producer.get(value) not in self.differentiated
+            )
+        return self._unwanted[position]
 
 
 class LoopRun(NamedTuple):

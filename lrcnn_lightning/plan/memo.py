@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lrcnn_lightning.plan.halos import Row
+from lrcnn_lightning.plan.memory import Entry
 
 if TYPE_CHECKING:
     from lrcnn_lightning.plan.builder import ProgramBuilder
@@ -35,20 +36,20 @@ class LoopCost(NamedTuple):
 
 
 class Passage(NamedTuple):
-    """What running a loop, or one direction of a segment, costs: bytes at its peak, seconds, and what it leaves in
-    memory (key, bytes).
+    """What running a loop, or one direction of a segment, costs: bytes that it adds at its peak, seconds, and what it
+    leaves in memory, where storages that were there before have the numbers that they had.
 
     ``name`` is that of the loop, by which its carries are known.
     """
 
-    peak_bytes: int
+    added_bytes: int
     seconds: float
-    left: tuple[tuple[tuple[Any, ...], int], ...]
+    left: tuple[Entry, ...]
     name: str | None = None
     loops: tuple[LoopCost, ...] = ()
     """Of a segment: what its loops cost."""
     step_peaks: tuple[int, ...] = ()
-    """Of a segment's backward pass: the peak during each step, in bytes."""
+    """Of a segment's backward pass: what it adds at the peak during each step, in bytes."""
 
 
 @dataclass
@@ -68,6 +69,8 @@ class Memo:
     durations: Durations | None = None
     """What knows the price of every operation."""
     segments: dict[Any, tuple[ProgramBuilder, SegmentProgram]] = field(default_factory=dict)
+    plain: dict[Any, SegmentProgram] = field(default_factory=dict)
+    """Segments that run plainly, by their name, nodes and outputs."""
     differentiable: dict[frozenset[int], set[int]] = field(default_factory=dict)
     """The values that have a gradient, by the leaves that require one."""
     residencies: dict[Any, Residencies] = field(default_factory=dict)

@@ -77,8 +77,7 @@ class Passages:
     def _reduce(self, position: int, value: int, row: Row, samples: int) -> None:
         owned = row.owned[value]
         if not owned.empty:
-            size, _ = self.footprints.reduction(position, owned.length, samples)
-            self.memory.touch(size)
+            self.memory.touch(self.footprints.reduction(position, owned.length, samples).partial)
 
     def _drop_carries(self, loop: Loop, chunk: int, r: int) -> None:
         for position in loop.nodes:

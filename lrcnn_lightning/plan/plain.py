@@ -1,13 +1,15 @@
 """What plain, column-centric execution costs: what every plan is compared with.
 
-Its memory is found by running the captured operations once on tensors without data, with autograd, as the monitor
-measures a module: no model of what autograd saves could be nearer. Its time is that of the nominal machine.
+Its memory is found by running the operations once as the module's code has them, in place where it says so, on tensors
+without data, with autograd, as the monitor measures a module: no model of what autograd saves could be nearer. Its time
+is that of the nominal machine.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +21,8 @@ from lrcnn_lightning.monitor.measure import measured_by
 from lrcnn_lightning.monitor.meter import MemoryMeter
 from lrcnn_lightning.plan.cost import Cost
 from lrcnn_lightning.plan.machine import CPU, Machine
-from lrcnn_lightning.plan.retained import is_parameter
 from lrcnn_lightning.plan.trial import Autocast, without_data
-from lrcnn_lightning.plan.work import Work, is_weight
+from lrcnn_lightning.plan.work import Work
 from lrcnn_lightning.plan.workspace import Workspaces
 from lrcnn_lightning.rules import Role, RowGraph
 
@@ -46,9 +47,10 @@ def _memory(
     counted: dict[str, Any] = {}
     if workspaces.machine.caching:
         counted = {"rounded": workspaces.machine.rounded, "passing": workspaces.taken}
-    for in_place in (True, False):
+    for source in (graph.source, graph):
         with without_data(), contextlib.suppress(Exception):
-            module = _Captured(graph, differentiable, in_place, autocast, workspaces.machine.caching)
+            code = source or graph
+            module = _Captured(code, graph.outputs, differentiable, autocast, workspaces.machine.caching)
             inputs = [module.made(value).requires_grad_(value.index in differentiable) for value in graph.inputs]
             meter = MemoryMeter(module, record=True, **counted)
             step = measured_by(meter, module, tuple(inputs), {}, bool(differentiable))
@@ -59,13 +61,13 @@ def _memory(
 
 
 class _Captured(nn.Module):
-    """The captured operations as a module whose tensors have no data."""
+    """The captured operations as a module whose tensors have no data; it returns as many values as ``outputs``."""
 
     def __init__(
         self,
         graph: Graph,
+        outputs: Sequence[Any],
         differentiable: Collection[int],
-        in_place: bool,
         autocast: Autocast | None,
         by_format: bool,
     ) -> None:
@@ -74,8 +76,7 @@ class _Captured(nn.Module):
         self._autocast = (
             contextlib.nullcontext() if autocast is None else torch.autocast(autocast[0], dtype=autocast[1])
         )
-        self._in_place = in_place
-        self._graph = graph
+        graph = self._graph = replace(graph, outputs=graph.outputs[: len(outputs)])
         self._given: dict[int, Tensor] = {}
         for value in graph.values:
             if value.kind in (ValueKind.PARAMETER, ValueKind.BUFFER, ValueKind.CONSTANT):
@@ -100,7 +101,7 @@ class _Captured(nn.Module):
         store = dict(self._given)
         store.update(zip((value.index for value in graph.inputs), inputs, strict=True))
         for position, node in enumerate(graph.nodes):
-            store.update(zip(node.outputs, _run(node, store, self._in_place), strict=False))
+            store.update(zip(node.outputs, _run(node, store), strict=False))
             for index in self._dropped.get(position, ()):
                 store.pop(index, None)
         return [store[index] for index in graph.output_values()]
@@ -134,34 +135,22 @@ def _dropped(graph: Graph) -> dict[int, list[int]]:
     return result
 
 
-def _run(node: Node, store: Mapping[int, Any], in_place: bool) -> tuple[Any, ...]:
-    """The results of a node; with ``in_place`` over its first argument where the module's code said so."""
+def _run(node: Node, store: Mapping[int, Any]) -> tuple[Any, ...]:
+    """The results of a node."""
 
     def tensor(ref: Ref) -> Any:
         return store[ref.index]
 
     args, kwargs = map_refs(node.args, tensor), map_refs(node.kwargs, tensor)
     with entered(node.context):
-        result = (_over_its_argument(node) if in_place and node.in_place else node.op)(*args, **kwargs)
+        result = node.op(*args, **kwargs)
     return tuple(result) if isinstance(result, (list, tuple)) else (result,)
-
-
-def _over_its_argument(node: Node) -> Any:
-    """The operation as the module's code called it."""
-    packet = getattr(torch.ops.aten, node.op._schema.name.split("::")[1] + "_")
-    return getattr(packet, node.op._overloadname)
 
 
 def _seconds(graph: RowGraph, differentiable: Collection[int], machine: Machine) -> float:
     work = Work(graph, machine, machine.seconds_a_call)
     seconds = 0.0
-    for position, node in enumerate(graph.nodes):
-        if graph.roles[position] is Role.PROLOGUE:
-            continue
-        seconds += work.forward(position)
-        if any(output in differentiable for output in node.outputs):
-            wanted = [index for index in node.inputs if index in differentiable]
-            weights = sum(is_parameter(graph, index) and is_weight(graph, index) for index in wanted)
-            maps = sum(not is_parameter(graph, index) for index in wanted)
-            seconds += work.backward(position, 1.0, maps + weights, weights)
+    for position, role in enumerate(graph.roles):
+        if role is not Role.PROLOGUE:
+            seconds += work.forward(position) + work.backward_whole(position, differentiable)
     return seconds

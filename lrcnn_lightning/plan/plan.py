@@ -17,8 +17,9 @@ from lrcnn_lightning.plan.limit import Large, find_oversized
 from lrcnn_lightning.plan.loop import Loop
 from lrcnn_lightning.plan.machine import CPU, Machine
 from lrcnn_lightning.plan.memo import Memo
+from lrcnn_lightning.plan.memory import Memory
 from lrcnn_lightning.plan.plain import plain_cost
-from lrcnn_lightning.plan.program import RunRows, SegmentProgram
+from lrcnn_lightning.plan.program import RunRows, SegmentProgram, drops_of
 from lrcnn_lightning.plan.residency import Residency
 from lrcnn_lightning.plan.room import with_room
 from lrcnn_lightning.plan.segments import differentiable_values, segment_borders, stretches
@@ -116,12 +117,24 @@ class Plan:
         return last
 
     @cached_property
+    def drops(self) -> dict[int, tuple[int, ...]]:
+        """After which node that runs plainly which values are dropped."""
+        read = {index for segment in self.segments for index in segment.inputs}
+        drops = drops_of(self.graph, self.prologue, read.union(self.graph.graph.output_values()))
+        for segment in self.segments:
+            if segment.plain:
+                drops.update(drops_of(self.graph, segment.nodes, segment.outputs))
+        return drops
+
+    @cached_property
     def cost(self) -> Cost:
         """Predicted cost of one step."""
-        if self.mode == "plain":
-            return self.plain_cost
-        parts = (self.graph, self.segments, self.differentiable, self.last_reader, self.machine)
-        return program_cost(*parts, memo=self.memo)
+        return self.plain_cost if self.mode == "plain" else self.simulated()
+
+    def simulated(self, memory: Memory | None = None) -> Cost:
+        """The cost of one step, found in a ``memory`` that may remember more."""
+        parts = (self.graph, self.prologue, self.segments, self.drops, self.differentiable, self.last_reader)
+        return program_cost(*parts, self.machine, memory, None if memory else self.memo)
 
     @cached_property
     def oversized(self) -> Large | None:
@@ -257,7 +270,7 @@ def build_plan(
     for number, (nodes, kind) in enumerate(plain):
         name, outputs = f"s{number}", outputs_of[number]
         if kind == "plain":
-            segments.append(_plain(graph, name, nodes, outputs))
+            segments.append(memo.plain.setdefault((name, nodes, tuple(outputs)), _plain(graph, name, nodes, outputs)))
             continue
         part = choices.part(nodes[0])
         if part.mode not in carried:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from lrcnn_lightning.plan.loop import BackwardPass, Loop
@@ -19,6 +20,7 @@ __all__ = [
     "SegmentProgram",
     "Step",
     "Sweep",
+    "drops_of",
     "reads_of",
     "writes_of",
 ]
@@ -120,6 +122,19 @@ class SegmentProgram:
         ]
 
 
+def drops_of(graph: RowGraph, nodes: Sequence[int], kept: Collection[int]) -> dict[int, tuple[int, ...]]:
+    """Of nodes that run plainly: after which of them which values that they make are dropped, but for ``kept``."""
+    made = {output for position in nodes for output in graph.nodes[position].outputs}
+    last: dict[int, int] = {}
+    for position in nodes:
+        node = graph.nodes[position]
+        last.update(dict.fromkeys(made.intersection((*node.inputs, *node.outputs)).difference(kept), position))
+    result: dict[int, tuple[int, ...]] = {}
+    for value, position in last.items():
+        result[position] = (*result.get(position, ()), value)
+    return result
+
+
 def reads_of(graph: RowGraph, step: Step) -> tuple[int, ...]:
     """The full maps and whole values that a step reads."""
     if isinstance(step, (RunRows, Sweep)):
@@ -129,7 +144,7 @@ def reads_of(graph: RowGraph, step: Step) -> tuple[int, ...]:
     if isinstance(step, (RunWhole, Effect)):
         return graph.nodes[step.node].inputs
     if isinstance(step, BackwardWhole):
-        return (*graph.nodes[step.node].inputs, *graph.nodes[step.node].outputs)
+        return graph.nodes[step.node].inputs
     if isinstance(step, BackwardRows):
         run = step.run
         wholes = [i for p in run.nodes for i in graph.nodes[p].inputs if not graph.is_map(i)]

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lrcnn_lightning.config import format_size
-from lrcnn_lightning.plan.cost import program_cost
 from lrcnn_lightning.plan.loop import Loop
 from lrcnn_lightning.plan.memory import PeakMemory
 from lrcnn_lightning.plan.program import RunRows, SegmentProgram
@@ -163,7 +162,7 @@ def _carried_bytes(graph: RowGraph, loop: Loop) -> int:
 def held_at_peak(plan: Plan) -> str:
     """What makes the predicted peak: the largest maps by name, and everything else by kind, with their bytes."""
     memory = PeakMemory(plan.machine)
-    program_cost(plan.graph, plan.segments, plan.differentiable, plan.last_reader, plan.machine, memory)
+    plan.simulated(memory)
     named: dict[str, int] = {}
     for key, size in memory.at_peak.items():
         if key[0] in ("map", "gradient", "borrowed", "received"):

@@ -36,15 +36,19 @@ class SimulatedRow:
         samples = self.graph.samples(self.graph.nodes[position].outputs[0])
         return self.samples / samples if samples else 1.0
 
-    def make(self, position: int, grad: bool, hollow: bool = False) -> Footprint | None:
-        """Allocate what a node makes, with or without autograd; returns its footprint if it computes anything."""
+    def make(
+        self, position: int, grad: bool, hollow: bool = False, unwanted: frozenset[int] = frozenset()
+    ) -> Footprint | None:
+        """Allocate what a node makes, with or without autograd, where nobody wants the gradients of its ``unwanted``
+        inputs; returns its footprint if it computes anything.
+        """
         graph, buffers = self.graph, self.buffers
         node, span = graph.nodes[position], self.row.spans[position]
         if span.computed.empty:
             for value in node.outputs:
                 buffers.share(("slab", value), ("carry", value))  # the slab is the carry itself
             return None
-        footprint, share = self.footprints.slab(position, span.computed), self.share(position)
+        footprint, share = self.footprints.slab(position, span.computed, unwanted), self.share(position)
         if hollow:
             for value in node.outputs:
                 buffers.share(("slab", value), ("carry", value))  # it has no memory

@@ -23,13 +23,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lrcnn_lightning.fake import FakeTensorMode, new_mode
-from lrcnn_lightning.graph import Node, Value, map_refs
+from lrcnn_lightning.graph import Node, Value, dense_strides, map_refs
 from lrcnn_lightning.graph.switches import entered
 from lrcnn_lightning.graph.tap import tapped
 from lrcnn_lightning.monitor.meter import MemoryMeter
 from lrcnn_lightning.plan.workspace import Call, product_call
 
-__all__ = ["Autocast", "Operand", "Trial", "called", "dense_strides", "results_of", "tried", "without_data"]
+__all__ = ["Autocast", "Operand", "Trial", "called", "results_of", "tried", "without_data"]
 
 
 class Operand(NamedTuple):
@@ -318,13 +318,3 @@ def _memory(inputs: Sequence[Tensor], results: Sequence[Any]) -> tuple[list[int 
         known.add(storage._cdata)
         sizes.append(float(storage.nbytes()) if fresh else 0.0)
     return views, sizes
-
-
-def dense_strides(shape: Any, order: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Strides without gaps of a shape, its dimensions in the order of other strides; contiguous without these."""
-    dimensions = sorted(range(len(shape)), key=lambda d: (-order[d], d) if order else (0, d))
-    strides, step = [0] * len(shape), 1
-    for dimension in reversed(dimensions):
-        strides[dimension] = step
-        step *= max(shape[dimension], 1)
-    return tuple(strides)

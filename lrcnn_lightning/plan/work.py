@@ -9,14 +9,14 @@ rows cost.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from lrcnn_lightning.graph import Node, Value
 from lrcnn_lightning.plan.machine import Machine
-from lrcnn_lightning.plan.retained import VIEWS
+from lrcnn_lightning.plan.retained import VIEWS, is_parameter
 from lrcnn_lightning.rules import Role, RowGraph, family_of
 
 __all__ = ["PRODUCTS", "Work", "is_weight"]
@@ -55,6 +55,16 @@ class Work:
         price = self._price(position)
         seconds = max(wanted, 1) * share * price.maps + (1 + 2 * weights) * price.weights + self.seconds_a_call
         return seconds + wanted * self.fresh(share * price.made)
+
+    def backward_whole(self, position: int, differentiable: Collection[int]) -> float:
+        """Of the backward pass of a call on full maps, if it has one."""
+        graph, node = self.graph, self.graph.nodes[position]
+        if not any(output in differentiable for output in node.outputs):
+            return 0.0
+        wanted = [index for index in node.inputs if index in differentiable]
+        weights = sum(is_parameter(graph, index) and is_weight(graph, index) for index in wanted)
+        maps = sum(not is_parameter(graph, index) for index in wanted)
+        return self.backward(position, 1.0, maps + weights, weights)
 
     def fresh(self, size: float) -> float:
         """Of having ``size`` bytes for the first time, where that is so large that the memory was never used before."""

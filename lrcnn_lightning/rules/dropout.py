@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrcnn_lightning.graph import Node
+from lrcnn_lightning.graph import Node, dense_strides
 from lrcnn_lightning.rules.expansion import Builder, expands
 from lrcnn_lightning.rules.pointwise import pointwise
 from lrcnn_lightning.rules.rule import Operator, RowRule, Scope, register
@@ -58,11 +58,9 @@ def _expand(builder: Builder, node: Node, feature: bool, alpha: bool) -> bool:
         return False
     value = builder.values[x.index]
     shape = (*value.shape[:2], *([1] * (len(value.shape) - 2))) if feature else value.shape
-    like = torch.empty(shape, device="meta")
-    if value.strides is not None and not feature:
-        like = torch.empty_like(torch.empty_strided(shape, value.strides, device="meta"))
+    strides = dense_strides(shape, None if feature else value.strides)
     mask = builder.value(f"{node.name}_mask", tuple(shape), torch.bool, value.device)
-    args: tuple[Any, ...] = (list(shape), list(like.stride()), 1 - probability, value.device)
+    args: tuple[Any, ...] = (list(shape), list(strides), 1 - probability, value.device)
     builder.emit(node, draw_mask, args, (mask.index,), "mask")
     args = (x, mask, 1 / (1 - probability))
     if alpha:
