@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lrcnn_lightning.fake import FakeTensorMode, is_fake
 from lrcnn_lightning.graph.graph import ValueKind
-from lrcnn_lightning.graph.recorder import is_recorded, unrecorded
+from lrcnn_lightning.graph.recorder import unrecorded
 from lrcnn_lightning.graph.state import is_machinery
 
 __all__ = ["LiveTensor", "LiveTensors", "stand_in"]
@@ -81,6 +81,7 @@ class LiveTensors:
             self._registered.setdefault(id(buffer), (ValueKind.BUFFER, name))
         self._attributes = _attributes(module, self._registered)
         self._contained = frozenset(map(id, _contained(module)))
+        self._owned = frozenset((*self._registered, *self._attributes, *self._contained))
         self._reached: dict[int, LiveTensor] = {}
         self._by_stand_in: dict[int, LiveTensor] = {}
 
@@ -103,7 +104,7 @@ class LiveTensors:
     def replaced(self, tree: Any) -> Any:
         """Nested arguments of an operation with stand-ins in the place of live tensors."""
         if isinstance(tree, Tensor):
-            return tree if is_fake(tree) and is_recorded(tree) else self._stand_in(tree)
+            return tree if is_fake(tree) and id(tree) not in self._owned else self._stand_in(tree)
         if type(tree) in (list, tuple):
             return type(tree)(self.replaced(item) for item in tree)
         if type(tree) is dict:

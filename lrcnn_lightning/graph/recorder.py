@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor_tree,
 )
 
-__all__ = ["is_recorded", "record_attribute", "record_call", "recorded", "recorded_graph", "root", "unrecorded"]
+__all__ = ["record_attribute", "record_call", "recorded", "recorded_graph", "root", "unrecorded"]
 
 
 def recorded(function: Callable[..., Any], *examples: Tensor) -> GraphModule:
@@ -51,11 +51,6 @@ def recorded_graph() -> Graph:
     """The nodes recorded so far."""
     graph: Graph = _tracer().graph
     return graph
-
-
-def is_recorded(tensor: Tensor) -> bool:
-    """Whether a tensor is known to the trace that is running."""
-    return _tracer().unwrap_proxy(tensor) is not tensor
 
 
 def record_call(call: Callable[..., Any], operands: Sequence[Tensor], results: tuple[Tensor, ...]) -> None:
