@@ -66,7 +66,7 @@ def test_the_source_distribution_has_what_the_readme_links_to() -> None:
 
 def test_python_code_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     code = blocks(README, "python")
-    assert len(code) == 4
+    assert len(code) == 5
     for block in code:
         exec(compile(block, "README.md", "exec"), {})
     printed = capsys.readouterr().out
