@@ -28,7 +28,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from lrcnn_lightning.fake import is_fake
 
 __all__ = [
     "RELATIVE",
@@ -278,7 +279,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _without_data(tensor: Tensor) -> bool:
-    return isinstance(tensor, FakeTensor) or tensor.is_meta
+    return is_fake(tensor) or tensor.is_meta
 
 
 def _rounds(value: Any) -> bool:

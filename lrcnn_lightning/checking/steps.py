@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -24,6 +23,7 @@ from lrcnn_lightning.checking.chance import generator_states, seed_all
 from lrcnn_lightning.checking.comparison import Key
 from lrcnn_lightning.checking.example import Example
 from lrcnn_lightning.checking.state import held, named_leaves
+from lrcnn_lightning.fake import is_fake
 from lrcnn_lightning.graph import take_apart
 from lrcnn_lightning.graph.guards import PLAIN
 
@@ -179,7 +179,7 @@ def _kept(value: Any) -> Any:
 
 def _same(value: Any, before: Any) -> bool:
     """Whether a value is what it was."""
-    if isinstance(value, FakeTensor):
+    if is_fake(value):
         return False
     if not isinstance(value, Tensor) or not isinstance(before, Tensor):
         return type(value) is type(before) and (value == before or (value != value and before != before))

@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import (
 )
 
 from lrcnn_lightning.errors import CaptureError
+from lrcnn_lightning.graph.saved_hooks import pop_saved_hooks, saved_hooks
 from lrcnn_lightning.graph.state import random_states, same_items, set_random_states
 
 __all__ = ["ONE_AT_A_TIME", "balanced", "is_rehearsed", "is_rehearsed_elsewhere", "undisturbed"]
@@ -182,15 +183,10 @@ def _stack(name: str, entries: Callable[[], Any], pop: Callable[[], Any], push: 
     return _Kept(name, lambda: tuple(entries()), _back_to(entries, pop, push))
 
 
-def _saved_hooks() -> tuple[Any, ...] | None:
-    """The innermost pair; how many there are PyTorch does not say."""
-    hooks: tuple[Any, ...] | None = _C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks
-
-
 def _undo_saved_hooks(before: tuple[Any, ...] | None) -> None:
-    while (present := _saved_hooks()) is not None and present != before:
-        _C._autograd._pop_saved_tensors_default_hooks()
+    # How many there are PyTorch does not say.
+    while (present := saved_hooks()) is not None and present != before:
+        pop_saved_hooks()
 
 
 _STACKS = (
@@ -202,7 +198,7 @@ _STACKS = (
         *(_C._pop_torch_function_stack, _C._push_on_torch_function_stack),
     ),
     _stack("a mode of tensor operations", _get_current_dispatch_mode_stack, _pop_mode, _push_mode),
-    _Kept("hooks on saved tensors", _saved_hooks, _undo_saved_hooks),
+    _Kept("hooks on saved tensors", saved_hooks, _undo_saved_hooks),
 )
 
 # -------------------------------------------------------------------------------------------------------- tables

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lrcnn_lightning.fake import FakeTensorMode, new_mode
 from lrcnn_lightning.graph import Node, Value, dense_strides, map_refs
+from lrcnn_lightning.graph.saved_hooks import TOLD, saved_hooks
 from lrcnn_lightning.graph.switches import entered
 from lrcnn_lightning.graph.tap import tapped
 from lrcnn_lightning.monitor.meter import MemoryMeter
@@ -96,8 +97,7 @@ Autocast = tuple[str, torch.dtype]
 
 def _without_hooks() -> AbstractContextManager[Any]:
     """Hooks of the user, as checkpointing has them, must not see what is saved here; without any, none are needed."""
-    innermost = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # PyTorch 2.6 does not tell
-    if innermost is not None and innermost(True) is None:
+    if TOLD and saved_hooks() is None:
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from lrcnn_lightning.fake import is_fake, mode_of
 
 __all__ = ["Constant"]
 
@@ -31,7 +32,7 @@ class Constant:
         """The numbers as a tensor ``[n]`` on the device of ``like``."""
         if like.device.type == "cpu":
             return torch.tensor(self._numbers, dtype=self._dtype, device="cpu")
-        place = like.device, like.fake_mode if isinstance(like, FakeTensor) else None
+        place = like.device, mode_of(like)
         if self._held is None or self._held[0] != place:
             # Autograd may save it, which no tensor allows that was made in inference mode.
             with torch.inference_mode(False):
@@ -39,6 +40,6 @@ class Constant:
         return self._held[1]
 
     def _made(self, like: Tensor) -> Tensor:
-        if isinstance(like, FakeTensor):
+        if is_fake(like):
             return like.new_empty((len(self._numbers),), dtype=self._dtype)
         return torch.tensor(self._numbers, dtype=self._dtype, device=like.device)
