@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy
@@ -405,6 +406,9 @@ def snapshot(module: nn.Module) -> dict[str, Any]:
         state[f"{name} forward"] = vars(child).get("forward")
         state[f"{name} hooks"] = list(child._forward_hooks.items())
         state[f"{name} attributes"] = {k: v for k, v in vars(child).items() if isinstance(v, (int, str, list))}
+    if isinstance(module, Rich):
+        state["array"] = module.array.copy()
+        state["state"] = str(module.state)
     state["generators"] = torch.get_rng_state(), numpy.random.get_state()[1], str(random.getstate())
     return state
 
@@ -422,10 +426,14 @@ class Rich(Keeps):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls, self.log = 0, ["begun"]
+        self.calls, self.log, self.array = 0, ["begun"], numpy.zeros(2)
+        self.state: Any = {"of": SimpleNamespace(calls=0, log=[])}
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
+        self.array += 1
+        self.state["of"].calls += 1
+        self.state["of"].log.append(self.calls)
         x = F.dropout(x, 0.1)
         return super().forward(x)
 

@@ -132,7 +132,7 @@ class Baseline:
                     most = table.get(key, Distance(0.0, 0.0))
                     table[key] = Distance(max(gap.norm, most.norm), max(gap.largest, most.largest))
                 if sample == 0:
-                    units = {kind: largest_of(want, kind) for kind, _ in gaps}
+                    units = {kind: largest_of(want, kind) for kind in {kind for kind, _ in gaps}}
                     far = (k for k, gap in gaps.items() if _is_far(gap, want.get(k), units[k[0]], self.precision))
                     unrepeated.update(dict.fromkeys(far))
         if not unrepeated:

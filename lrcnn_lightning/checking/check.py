@@ -142,7 +142,7 @@ def compared(
     got: Shown, want: Shown, noise: Mapping[Key, Distance] | None = None, precision: torch.dtype = torch.float64
 ) -> list[Comparison]:
     """Every value that one of two steps shows, compared; ``noise`` is what rounding alone does to the plain ones."""
-    units = {kind: largest_of(want, kind) for kind, _ in want}
+    units = {kind: largest_of(want, kind) for kind in {kind for kind, _ in want}} if noise is not None else {}
     return [
         compare(key, got, want, None if noise is None else noise.get(key), units.get(key[0], 0.0), precision)
         for key in dict.fromkeys((*want, *got))

@@ -1,7 +1,7 @@
 """What a module holds, by name: parameters, buffers, and whatever is in its attributes.
 
-A value has one name, its registered one if it has one: a parameter that also stands in a list is found under its own
-name. Containers and objects are looked into, to tensors, arrays and plain Python values; functions are not.
+What is registered has its registered name alone: a parameter that also stands in a list is found under its own name.
+Containers and objects are looked into, to tensors, arrays and plain Python values; functions are not.
 """
 
 from __future__ import annotations
@@ -22,42 +22,59 @@ from lrcnn_lightning.checking.comparison import Key
 from lrcnn_lightning.graph.guards import PLAIN
 from lrcnn_lightning.graph.state import is_machinery
 
-__all__ = ["held", "held_tensors", "named_leaves"]
+__all__ = ["held", "held_containers", "held_tensors", "named_leaves"]
 
 _MOST = 1000
 """Things inside of one attribute that are looked at; more is a log, an archive, or the rest of the program."""
+_ARRAYS = tuple(map(numpy.dtype, ("bool", "uint8", "int8", "int16", "int32", "int64", "float32", "float64")))
 _CLOSED = (type, ModuleType, FunctionType, torch.Generator, torch.dtype, torch.device)
 
 
 def held(module: nn.Module) -> Iterator[tuple[Key, Any]]:
-    """Every parameter, buffer and attribute of a module and of its parts, each once.
+    """Every parameter, buffer and attribute of a module and of its parts.
 
     Parameters of lazy layers are there once they have a shape.
     """
-    registered: list[tuple[Key, Tensor]] = [(("parameter", name), p) for name, p in module.named_parameters()]
-    registered += [(("buffer", name), buffer) for name, buffer in module.named_buffers()]
-    seen = {id(tensor) for _, tensor in registered}
-    yield from ((key, tensor) for key, tensor in registered if not is_lazy(tensor))
-    children = dict(module.named_modules())
-    seen.update(map(id, children.values()))
-    for path, child in children.items():
-        for name, value in list(vars(child).items()):
-            if not is_machinery(name):
-                yield from _Inside(seen).of(value, f"{path}.{name}" if path else name)
+    return _Walk().through(module)
 
 
 def held_tensors(module: nn.Module) -> Iterator[Tensor]:
     """Every tensor that is held, each once."""
-    return (value for _, value in held(module) if isinstance(value, Tensor))
+    return iter({id(value): value for _, value in held(module) if isinstance(value, Tensor)}.values())
 
 
-class _Inside:
-    """Walks through one attribute."""
+def held_containers(module: nn.Module) -> list[Any]:
+    """Every list, dict and set inside of the attributes, and every object as the dict of its own attributes."""
+    walk = _Walk()
+    for _ in walk.through(module):
+        pass
+    return walk.containers
 
-    def __init__(self, seen: set[int]) -> None:
-        self.seen, self.count = seen, 0
 
-    def of(self, value: Any, name: str) -> Iterator[tuple[Key, Any]]:
+class _Walk:
+    """A walk through modules and their attributes. What is known by id has a name, or is being walked through."""
+
+    def __init__(self) -> None:
+        self.known: set[int] = set()
+        self.containers: list[Any] = []
+        self.count = 0
+
+    def through(self, module: nn.Module, prefix: str = "") -> Iterator[tuple[Key, Any]]:
+        registered: list[tuple[Key, Tensor]] = [(("parameter", name), p) for name, p in module.named_parameters()]
+        registered += [(("buffer", name), buffer) for name, buffer in module.named_buffers()]
+        for (kind, name), tensor in registered:
+            if id(tensor) not in self.known and not is_lazy(tensor):
+                yield (kind, prefix + name), tensor
+        children = {name: child for name, child in module.named_modules() if id(child) not in self.known}
+        self.known.update(map(id, (*children.values(), *(tensor for _, tensor in registered))))
+        for path, child in children.items():
+            for name, value in list(vars(child).items()):
+                if not is_machinery(name):
+                    if not prefix:
+                        self.count = 0
+                    yield from self._inside(value, f"{prefix}{path}.{name}" if path else prefix + name)
+
+    def _inside(self, value: Any, name: str) -> Iterator[tuple[Key, Any]]:
         self.count += 1
         if isinstance(value, numpy.generic):
             value = value.item()
@@ -65,24 +82,26 @@ class _Inside:
             if self.count <= _MOST:
                 yield ("attribute", name), value
             return
-        if id(value) in self.seen or self.count > _MOST or isinstance(value, _CLOSED):
+        if id(value) in self.known or self.count > _MOST or isinstance(value, _CLOSED):
             return
-        self.seen.add(id(value))
-        if isinstance(value, nn.Parameter):
-            yield ("parameter", name), value
-        elif isinstance(value, Tensor):
-            yield ("attribute", name), value
+        if isinstance(value, Tensor):
+            if not is_lazy(value):
+                yield ("parameter" if isinstance(value, nn.Parameter) else "attribute", name), value
         elif isinstance(value, numpy.ndarray):
-            if value.dtype.kind in "biufc":
-                yield ("attribute", name), torch.from_numpy(numpy.ascontiguousarray(value))
+            if value.dtype in _ARRAYS:
+                shared = value.flags.writeable and min(value.strides, default=0) >= 0
+                yield ("attribute", name), torch.from_numpy(value if shared else value.copy())
         elif isinstance(value, nn.Module):  # one that is hidden from its owner, in a list
-            for (kind, inner), item in held(value):
-                if not isinstance(item, Tensor) or id(item) not in self.seen:
-                    self.seen.add(id(item))
-                    yield (kind, f"{name}.{inner}"), item
+            yield from self.through(value, f"{name}.")
         else:
+            self.known.add(id(value))
+            if isinstance(value, (list, dict, set)):
+                self.containers.append(value)
+            elif not isinstance(value, (tuple, frozenset, partial, MethodType)) and hasattr(value, "__dict__"):
+                self.containers.append(vars(value))
             for part, item in _parts(value):
-                yield from self.of(item, f"{name}{part}")
+                yield from self._inside(item, f"{name}{part}")
+            self.known.discard(id(value))
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
