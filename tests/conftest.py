@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,12 @@ def pytest_cmdline_main(config: Any) -> None:
     free = not is_worker and getattr(option, "numprocesses", 0) is None and option.dist == "no"
     if free and option.markexpr != "cuda":
         option.numprocesses, option.dist = "auto", "worksteal"
+
+
+def pytest_ignore_collect(collection_path: Path, config: Any) -> bool | None:
+    """Tests for a GPU are in one folder; others need packages that are not asked for there."""
+    others = collection_path.parent == Path(__file__).parent and collection_path.name.startswith("test_")
+    return True if config.option.markexpr == "cuda" and others else None
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
