@@ -346,6 +346,11 @@ class RowwiseForward(StandIn):
                 defect = isinstance(refusal, InternalError)
                 self.notify(refused(self.where, str(refusal), list(self._outcomes()), peak, defect))
 
+    @property
+    def parts(self) -> list[RowwiseForward]:
+        """What runs row by row in its place, where it cannot run row by row as a whole."""
+        return [part for part in self._all_parts() if part.plan is not None and part.plan.mode != "plain"]
+
     def _all_parts(self) -> Iterator[RowwiseForward]:
         for part in self._parts or ():
             yield part

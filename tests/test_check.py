@@ -284,9 +284,9 @@ def test_where_rounding_decides_nothing_is_said() -> None:
 def test_an_error_by_rows_alone() -> None:
     report = examine(Net(), image(2, 3, 64, 64), memory_budget="2KiB", mode="two_phase")
     assert not report.exact and not report.comparisons
-    assert report.runs[0].error is not None and report.runs[0].error.startswith("PlanError: row-wise module Net: no")
+    assert report.runs[0].error is not None and report.runs[0].error.startswith("BudgetError: row-wise module Net: no")
     assert str(report).startswith("lrcnn_lightning.check of Net in training mode: FAILS (two_phase)")
-    assert "run        two_phase: raises PlanError" in str(report)
+    assert "run        two_phase: raises BudgetError" in str(report)
 
 
 class Branches(Net):
@@ -297,9 +297,14 @@ class Branches(Net):
 
 def test_what_cannot_run_by_rows_says_why() -> None:
     report = examine(Branches(), image(), **ONE)
+    assert report.exact and report.by_rows
+    assert "run        two_phase: ran by its parts: a, b" in str(report)
+    assert "note       two_phase: row-wise module Branches cannot run row by row as a whole: " in str(report)
+    report = examine(nn.Linear(12, 4), image(), **ONE)
+    assert report.exact and report.by_rows
+    report = examine(nn.Linear(12, 4), torch.randn(8, 12), **ONE)
     assert report.exact and not report.by_rows
     assert "exact, nothing ran row by row (two_phase)" in str(report)
-    assert "note       two_phase: row-wise module Branches cannot be captured: " in str(report)
     report = examine(Branches(), image(), **ONE, on_unsupported="error")
     assert report.runs[0].error is not None and report.runs[0].error.startswith("CaptureError")
 
@@ -327,7 +332,7 @@ def test_errors() -> None:
     with pytest.raises(ConfigError, match="unknown option 'row'"):
         examine(Net(), image(), row=3)
     with pytest.raises(ConfigError, match="rows=99 is more than the 16 rows"):
-        examine(Net(), image(), rows=99)
+        examine(Net(), image(), rows=99, on_unsupported="error")
     with pytest.raises(ConfigError, match=r"check\(\) takes a torch\.nn\.Module, given was function"):
         examine(F.relu, image())  # type: ignore[arg-type]
     with pytest.raises(InputError, match="the example has no tensor"):

@@ -133,9 +133,11 @@ def _run(baseline: Baseline, name: str, options: dict[str, Any], wanted: Mapping
                 raise
             error = f"{type(raised).__name__}: {raised}"
         plan = forward.training_plan or forward.plan
-        beside = () if plan is None else tuple(note.text for note in plan.notes if note.option not in wanted)
+        plans = [plan, *(part.plan for part in forward.parts)]
+        notes = (note for made in plans if made is not None for note in made.notes)
+        beside = tuple(note.text for note in notes if note.option not in wanted)
         notices = tuple(text for text in dict.fromkeys(said) if not text.endswith(beside))
-        return Run(name, options, plan, error, notices), shown
+        return Run(name, options, plan, error, notices, tuple(part.name for part in forward.parts)), shown
 
 
 def compared(

@@ -36,7 +36,7 @@ class Run:
     """The module run row by row in one way.
 
     ``plan`` is that of its last training call, None if it made none. ``error`` is what the run raised and the plain
-    one did not; ``notices`` is what it warned of.
+    one did not; ``notices`` is what it warned of; ``parts`` are what ran row by row where it could not as a whole.
     """
 
     name: str
@@ -44,15 +44,18 @@ class Run:
     plan: Plan | None = None
     error: str | None = None
     notices: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
 
     @property
     def by_rows(self) -> bool:
-        """Whether the module ran row by row, and not plainly."""
-        return self.plan is not None and self.plan.mode != "plain"
+        """Whether the module or parts of it ran row by row, and not all plainly."""
+        return bool(self.parts) or (self.plan is not None and self.plan.mode != "plain")
 
     def __str__(self) -> str:
         if self.error is not None:
             return f"raises {self.error}"
+        if self.parts:
+            return f"ran by its parts: {', '.join(self.parts)}"
         if self.plan is None:
             return "ran plainly"
         if self.plan.mode == "plain":
