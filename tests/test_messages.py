@@ -183,29 +183,6 @@ def test_what_a_forward_prints_is_seen(capfd: pytest.CaptureFixture[str]) -> Non
 # ------------------------------------------------------------------------------------------------ hooks
 
 
-def test_hooks_that_are_added_later_are_warned_of_too() -> None:
-    net = lrcnn_lightning.rowwise(network(), mode="two_phase", rows=2)
-    net.register_forward_hook(lambda *_: None)
-    assert not of(said(lambda: net(IMAGES)), "hooks")
-    net[0].register_forward_pre_hook(lambda *_: None)
-    (message,) = of(said(lambda: net(IMAGES)), "hooks")
-    assert message.endswith(": 0. Hooks on a row-wise module itself run; call rowwise() on smaller modules")
-    assert not of(said(lambda: net(IMAGES[:1])), "hooks"), "once each"
-    net[2].register_full_backward_hook(lambda *_: None)
-    (message,) = of(said(lambda: net(IMAGES)), "hooks")
-    assert ": 2. Hooks" in message
-
-
-def test_of_many_hooks_some_are_named() -> None:
-    net = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(9)))
-    for layer in net:
-        layer.register_forward_hook(lambda *_: None)
-    lrcnn_lightning.rowwise(net, mode="two_phase", rows=2)
-    (message,) = of(said(lambda: net(IMAGES)), "hooks")
-    assert ": 0, 1, 2, 3, 4 and 4 more. Hooks" in message
-
-
-@pytest.mark.filterwarnings("ignore")
 def test_a_hook_that_changes_a_result_changes_it_from_the_next_call_on() -> None:
     """A graph was used again after a hook had come or gone; so was it after pruning, which is a hook."""
     net = lrcnn_lightning.rowwise(network().eval(), mode="two_phase", rows=2)
