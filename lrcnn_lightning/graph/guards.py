@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from lrcnn_lightning.errors import CaptureError
+from lrcnn_lightning.graph.state import is_array
 
 __all__ = ["PLAIN", "Alike", "Guard", "Guards", "compared"]
 
@@ -105,6 +106,8 @@ class _Comparison:
             return "again", self.path[id(value)]
         if isinstance(value, (nn.Module, torch.Tensor, type, ModuleType, logging.Logger)):
             return self._itself(value)
+        if is_array(value) and value.size <= _MOST:
+            return kind, value.dtype.str, value.shape, value.tobytes()
         self.path[id(value)] = len(self.path)
         try:
             return kind, self._inside(value)

@@ -25,7 +25,7 @@ from lrcnn_lightning.fake import is_fake
 from lrcnn_lightning.graph.graph import Write
 from lrcnn_lightning.graph.guards import Alike, Guard, Guards, compared
 from lrcnn_lightning.graph.live import LiveTensors
-from lrcnn_lightning.graph.state import MISSING, TABLES, PythonState, is_machinery, same_items
+from lrcnn_lightning.graph.state import MISSING, TABLES, PythonState, is_array, is_machinery, same_items
 from lrcnn_lightning.graph.structure import CONSTANTS, take_apart
 
 __all__ = ["Observation"]
@@ -180,9 +180,11 @@ class Observation:
 
     def _originals(self, container: Any) -> Any:
         """The items of a container, with live tensors in the place of their stand-ins."""
+        if is_array(container) or isinstance(container, bytearray):
+            return container
         if isinstance(container, dict):
             return {key: self.live.original(value) for key, value in container.items()}
-        return type(container)(map(self.live.original, container))
+        return [self.live.original(item) for item in container] if not isinstance(container, set) else container
 
 
 def _holds_tensors(value: Any) -> bool:

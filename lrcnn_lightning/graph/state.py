@@ -5,18 +5,29 @@ A trace runs the module's code, and afterwards all of that has to be as it was.
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
+from collections import deque
 from typing import Any
 
 from torch import nn
 
-__all__ = ["MISSING", "TABLES", "PythonState", "is_machinery", "random_states", "same_items", "set_random_states"]
+__all__ = [
+    "MISSING",
+    "TABLES",
+    "PythonState",
+    "is_array",
+    "is_machinery",
+    "random_states",
+    "same_items",
+    "set_random_states",
+]
 
 MISSING = object()
 """Stands for an attribute that is not there."""
 _MACHINERY = frozenset(vars(nn.Module())) - {"training"} | {"forward", "_compiled_call_impl", "call_super_init"}
-_CONTAINERS = (list, dict, set)
+_CONTAINERS = (list, dict, set, bytearray, deque)
 TABLES = ("_parameters", "_buffers", "_modules")
 """The attributes in which a module keeps what is registered."""
 _UNSAVED = "_non_persistent_buffers_set"
@@ -27,16 +38,21 @@ def is_machinery(name: str) -> bool:
     return name in _MACHINERY or name.startswith("_tensor_constant")
 
 
+def is_array(value: object) -> bool:
+    """Whether something is an array of NumPy's."""
+    return "numpy" in sys.modules and isinstance(value, sys.modules["numpy"].ndarray)
+
+
 class PythonState:
     """A snapshot, and with ``with`` a promise to go back to it."""
 
     def __init__(self, module: nn.Module) -> None:
         self.attributes = {child: dict(vars(child)) for child in module.modules()}
         self.contents = {
-            (child, name): type(value)(value)
+            (child, name): copy.copy(value)
             for child, table in self.attributes.items()
             for name, value in table.items()
-            if type(value) in _CONTAINERS and not is_machinery(name)
+            if (isinstance(value, _CONTAINERS) or is_array(value)) and not is_machinery(name)
         }
         """What was in the containers among the attributes."""
         self.tables = {child: {name: dict(vars(child)[name]) for name in TABLES} for child in self.attributes}
@@ -67,20 +83,25 @@ class PythonState:
 
 def same_items(present: Any, content: Any) -> bool:
     """Whether a container has the items that it had."""
+    if is_array(present):
+        return bool(present.dtype == content.dtype and present.tobytes() == content.tobytes())
     if len(present) != len(content):
         return False
     if isinstance(present, dict):
         return all(key in present and present[key] is value for key, value in content.items())
-    return (
-        all(a is b for a, b in zip(present, content, strict=True)) if isinstance(present, list) else present == content
-    )
+    if isinstance(present, (list, deque)):
+        return all(a is b for a, b in zip(present, content, strict=True))
+    return bool(present == content)
 
 
 def _refill(container: Any, content: Any) -> None:
     if same_items(container, content):
         return
+    if is_array(container):
+        container[...] = content
+        return
     container.clear()
-    if isinstance(container, list):
+    if isinstance(container, (list, deque, bytearray)):
         container.extend(content)
     else:
         container.update(content)
