@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from lrcnn_lightning import CaptureError
 from lrcnn_lightning.graph import capture, own_error
+from lrcnn_lightning.graph.saved_hooks import TOLD, saved_hooks
 from lrcnn_lightning.rowwise import rowwise
 
 IMAGES = torch.randn(2, 3, 12, 10)
@@ -154,7 +155,7 @@ def everything(net: Net) -> dict[str, Any]:
         "transform": torch._C._functorch.peek_interpreter_stack(),
         "level": forward_ad._current_level,
         "modes": [_get_current_function_mode_stack(), _get_current_dispatch_mode_stack()],
-        "saved": torch._C._autograd._top_saved_tensors_default_hooks(True),
+        "saved": saved_hooks(),
         "state": torch.get_rng_state().tolist(),
         "generator": net.generator.get_state().tolist(),
         "python": random.getstate(),
@@ -174,6 +175,8 @@ def everything(net: Net) -> dict[str, Any]:
 @pytest.mark.parametrize("nasty", NASTY)
 def test_nothing_is_left_behind(nasty: str, refused: bool) -> None:
     """A transform that was left open broke the whole process: torch.randn, backward(), deepcopy."""
+    if nasty == "saved tensors" and not TOLD:
+        pytest.skip("PyTorch 2.6 does not tell which hooks are set")
     net = Net(NASTY[nasty], refused)
     before = everything(net)
     try:
