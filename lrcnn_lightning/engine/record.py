@@ -96,7 +96,7 @@ class CallRecord:
         if tensor is not None and tensor._version == version:
             return tensor
         call = self._makers.get(index)
-        if call is None or call.graph.communicates:  # other processes do not run anything again
+        if call is None:
             return None
         store = self.inputs(call, ambient, history)
         if store is None:
@@ -111,6 +111,8 @@ class CallRecord:
 
     def inputs(self, call: SegmentCall, ambient: Ambient, history: bool = False) -> dict[int, Any] | None:
         """What a segment has read, as it was; None if anything of it is lost."""
+        if call.graph.communicates:  # other processes do not run anything again
+            return None
         store: dict[int, Any] = {}
         for index in call.needed():
             tensor = self.value(index, ambient, history)
