@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcnn_lightning.checking.check import compared
-from lrcnn_lightning.checking.comparison import compare
+from lrcnn_lightning.checking.comparison import RELATIVE, compare
 from lrcnn_lightning.checking.example import Example
 from lrcnn_lightning.checking.steps import Shown, show, weighted
 from lrcnn_lightning.checking.subject import twin
@@ -26,7 +26,7 @@ from lrcnn_lightning.plan.keeping import Keeping
 from lrcnn_lightning.plan.plan import Choices, build_plan
 from lrcnn_lightning.rules import Interval, Reduction, Role, RowGraph, RowRule, Tile, lower
 
-__all__ = ["assert_exact", "check_rules", "difference", "differences", "observe", "row_graph", "twin"]
+__all__ = ["RELATIVE", "assert_exact", "check_rules", "difference", "differences", "observe", "row_graph", "twin"]
 
 MODES = ("two_phase", "overlap")
 KEEPINGS: tuple[Keeping, ...] = ("lean", "narrow", "borders", "demand")
@@ -47,9 +47,10 @@ def difference(got: Tensor, want: Tensor) -> float:
     return max(item.error, item.largest)
 
 
-def differences(got: Shown, want: Shown) -> list[str]:
-    """A line for everything that differs."""
-    return [str(item) for item in compared(got, want) if not item.exact]
+def differences(got: Shown, want: Shown, allowed: float = RELATIVE) -> list[str]:
+    """A line for everything that differs, tensors by more than ``allowed`` of their norm or largest element."""
+    found = [item for item in compared(got, want) if not item.exact]
+    return [str(item) for item in found if not RELATIVE <= max(item.error, item.largest) < allowed]
 
 
 def row_graph(module: nn.Module, inputs: Sequence[Any], axis: int | str = "auto") -> RowGraph:

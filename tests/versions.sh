@@ -67,7 +67,7 @@ count() { # word of pytest's last line
 status=0
 for name in "${names[@]}"; do
   read -r _ python torch lightning hydra < <(lines | grep "^$name ") || { echo "no environment $name" >&2 && exit 2; }
-  if ! command -v "python$python" >/dev/null; then
+  if ! "python$python" --version >/dev/null 2>&1; then
     echo "$name: there is no python$python" >&2
     status=1
     continue

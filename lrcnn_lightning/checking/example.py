@@ -82,7 +82,7 @@ class Example:
         def real(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor) or not leaf.is_meta:
                 return leaf
-            made = torch.zeros(leaf.shape, dtype=leaf.dtype)
+            made = torch.zeros(leaf.shape, dtype=leaf.dtype, device="cpu")
             if made.is_floating_point() or made.is_complex():
                 made.normal_(generator=generator)
             made = made.contiguous(memory_format=_memory_format(leaf)).to(self.device)

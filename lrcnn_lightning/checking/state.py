@@ -19,13 +19,10 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_flatten_with_path
 
 from lrcnn_lightning.checking.comparison import Key
-from lrcnn_lightning.graph.guards import PLAIN
-from lrcnn_lightning.graph.state import is_machinery
+from lrcnn_lightning.graph.state import MOST, PLAIN, is_machinery
 
-__all__ = ["held", "held_containers", "held_tensors", "named_leaves"]
+__all__ = ["held", "held_tensors", "named_leaves"]
 
-_MOST = 1000
-"""Things inside of one attribute that are looked at; more is a log, an archive, or the rest of the program."""
 _ARRAYS = tuple(map(numpy.dtype, ("bool", "uint8", "int8", "int16", "int32", "int64", "float32", "float64")))
 _CLOSED = (type, ModuleType, FunctionType, torch.Generator, torch.dtype, torch.device)
 
@@ -43,20 +40,11 @@ def held_tensors(module: nn.Module) -> Iterator[Tensor]:
     return iter({id(value): value for _, value in held(module) if isinstance(value, Tensor)}.values())
 
 
-def held_containers(module: nn.Module) -> list[Any]:
-    """Every list, dict and set inside of the attributes, and every object as the dict of its own attributes."""
-    walk = _Walk()
-    for _ in walk.through(module):
-        pass
-    return walk.containers
-
-
 class _Walk:
     """A walk through modules and their attributes. What is known by id has a name, or is being walked through."""
 
     def __init__(self) -> None:
         self.known: set[int] = set()
-        self.containers: list[Any] = []
         self.count = 0
 
     def through(self, module: nn.Module, prefix: str = "") -> Iterator[tuple[Key, Any]]:
@@ -79,10 +67,10 @@ class _Walk:
         if isinstance(value, numpy.generic):
             value = value.item()
         if isinstance(value, PLAIN):
-            if self.count <= _MOST:
+            if self.count <= MOST:
                 yield ("attribute", name), value
             return
-        if id(value) in self.known or self.count > _MOST or isinstance(value, _CLOSED):
+        if id(value) in self.known or self.count > MOST or isinstance(value, _CLOSED):
             return
         if isinstance(value, Tensor):
             if not is_lazy(value):
@@ -95,10 +83,6 @@ class _Walk:
             yield from self.through(value, f"{name}.")
         else:
             self.known.add(id(value))
-            if isinstance(value, (list, dict, set)):
-                self.containers.append(value)
-            elif not isinstance(value, (tuple, frozenset, partial, MethodType)) and hasattr(value, "__dict__"):
-                self.containers.append(vars(value))
             for part, item in _parts(value):
                 yield from self._inside(item, f"{name}{part}")
             self.known.discard(id(value))

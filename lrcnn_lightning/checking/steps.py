@@ -25,7 +25,7 @@ from lrcnn_lightning.checking.example import Example
 from lrcnn_lightning.checking.state import held, named_leaves
 from lrcnn_lightning.fake import is_fake
 from lrcnn_lightning.graph import take_apart
-from lrcnn_lightning.graph.guards import PLAIN
+from lrcnn_lightning.graph.state import PLAIN
 
 __all__ = ["Loss", "Shown", "Watch", "run_steps", "show", "weighted"]
 
@@ -91,7 +91,9 @@ def _multiply(tensors: Iterable[Tensor], seed: int, between: tuple[float, float]
     with torch.no_grad():
         for tensor in tensors:
             if not is_lazy(tensor) and (tensor.is_floating_point() or tensor.is_complex()):
-                factors = torch.empty(tensor.shape, dtype=torch.float64).uniform_(*between, generator=generator)
+                factors = torch.empty(tensor.shape, dtype=torch.float64, device="cpu").uniform_(
+                    *between, generator=generator
+                )
                 tensor.mul_(factors.to(tensor.device, tensor.dtype.to_real()))
 
 
@@ -102,11 +104,14 @@ def weighted(seed: int) -> Loss:
     """
 
     def loss(result: Any) -> Tensor:
-        generator, total = torch.Generator().manual_seed(seed), torch.zeros((), dtype=torch.float64)
+        generator = torch.Generator().manual_seed(seed)
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
         for leaf in take_apart(result)[0]:
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 values = (torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf).double()
-                weights = torch.randn(values.shape, generator=generator, dtype=torch.float64).to(values.device)
+                weights = torch.randn(values.shape, generator=generator, dtype=torch.float64, device="cpu").to(
+                    values.device
+                )
                 total = total.to(values.device) + (weights * values).sum() + values.square().sum() / 2
         return total
 

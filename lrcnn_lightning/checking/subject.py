@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrcnn_lightning.checking.state import held_containers, held_tensors
-from lrcnn_lightning.graph.state import PythonState, same_items
+from lrcnn_lightning.checking.state import held_tensors
+from lrcnn_lightning.graph.state import PythonState
 from lrcnn_lightning.rowwise import restore
 
 __all__ = ["Subject", "put_back_afterwards", "twin", "widened"]
@@ -102,14 +102,10 @@ def _is_ordinary(tensor: Tensor) -> bool:
 @contextlib.contextmanager
 def put_back_afterwards(module: nn.Module) -> Iterator[nn.Module]:
     """The module itself with its own forward, and afterwards everything about it as it was."""
-    tables: list[tuple[Any, Any]] = []
-    for child in module.modules():
-        tables += [(table, dict(table)) for table in (child._parameters, child._buffers, child._modules)]
     tensors = [
         (tensor, tensor.data, tensor.detach().clone(), tensor.requires_grad, tensor.grad if tensor.is_leaf else None)
         for tensor in held_tensors(module)
     ]
-    containers = [(container, copy.copy(container)) for container in held_containers(module)]
     for tensor in held_tensors(module):
         if tensor.is_leaf:
             tensor.grad = None  # so that nothing is added to what is there
@@ -117,10 +113,6 @@ def put_back_afterwards(module: nn.Module) -> Iterator[nn.Module]:
         with PythonState(module):
             yield restore(module)
     finally:
-        for container, content in (*tables, *containers):
-            if not same_items(container, content):
-                container.clear()
-                getattr(container, "extend" if isinstance(container, list) else "update")(content)
         for tensor, memory, value, requires_grad, gradient in tensors:
             memory.copy_(value)
             if tensor.data_ptr() != memory.data_ptr():

@@ -19,15 +19,11 @@ import torch
 from torch import nn
 
 from lrcnn_lightning.errors import CaptureError
-from lrcnn_lightning.graph.state import is_array
+from lrcnn_lightning.graph.state import MOST, PLAIN, fields_of, is_array
 
-__all__ = ["PLAIN", "Alike", "Guard", "Guards", "compared"]
+__all__ = ["Alike", "Guard", "Guards", "compared"]
 
-PLAIN = (bool, int, float, complex, str, bytes, type(None))
-"""Types whose values are compared by themselves."""
 _VALUES = (torch.dtype, torch.device, torch.Size, torch.memory_format, enum.Enum, slice, range)
-_MOST = 1000
-"""Things inside an object that are compared at most: it happens at every call."""
 _MISSING = object()
 
 
@@ -98,7 +94,7 @@ class _Comparison:
         if kind in PLAIN:
             return kind, (value if value == value else repr(value))
         self.count += 1
-        if self.count > _MOST:
+        if self.count > MOST:
             raise CaptureError("too much is inside of it to be compared at every call")
         if isinstance(value, _VALUES):
             return kind, value
@@ -106,7 +102,7 @@ class _Comparison:
             return "again", self.path[id(value)]
         if isinstance(value, (nn.Module, torch.Tensor, type, ModuleType, logging.Logger)):
             return self._itself(value)
-        if is_array(value) and value.size <= _MOST:
+        if is_array(value) and value.size <= MOST:
             return kind, value.dtype.str, value.shape, value.tobytes()
         self.path[id(value)] = len(self.path)
         try:
@@ -127,9 +123,10 @@ class _Comparison:
             return self._all((value.__func__, value.__self__))
         if dataclasses.is_dataclass(value):
             return self._all(getattr(value, field.name) for field in dataclasses.fields(value))
-        if callable(value) or not hasattr(value, "__dict__"):
-            return self._itself(value)
-        return self.of(vars(value))
+        if hasattr(type(value), "__next__"):
+            raise CaptureError("an iterator, which goes on with each call")
+        fields = fields_of(value)
+        return self._itself(value) if fields is None else self.of(fields)
 
     def _all(self, values: Iterable[Any]) -> tuple[Any, ...]:
         return tuple(self.of(value) for value in values)

@@ -2,8 +2,8 @@
 
     reads        attributes of modules that are no parameters or buffers   ->  guards of the graph
     writes       attributes and buffers that the code sets                 ->  set again by every call
-    and refused  containers it changes in place, parameters and submodules that it sets, random numbers of Python and
-                 NumPy
+    and refused  containers, arrays and objects it changes in place, parameters and submodules that it sets, random
+                 numbers of Python and NumPy
 
 A trace keeps none of it: the code runs once, and later calls run its operations only.
 """
@@ -25,7 +25,7 @@ from lrcnn_lightning.fake import is_fake
 from lrcnn_lightning.graph.graph import Write
 from lrcnn_lightning.graph.guards import Alike, Guard, Guards, compared
 from lrcnn_lightning.graph.live import LiveTensors
-from lrcnn_lightning.graph.state import MISSING, TABLES, PythonState, is_array, is_machinery, same_items
+from lrcnn_lightning.graph.state import MISSING, TABLES, PythonState, is_machinery, same_items
 from lrcnn_lightning.graph.structure import CONSTANTS, take_apart
 
 __all__ = ["Observation"]
@@ -162,29 +162,31 @@ class Observation:
         self.written += leaves
 
     def _find_changes(self, paths: dict[nn.Module, str], state: PythonState) -> None:
-        """Containers that the code changes. One that it has set anew is a write, and the one before is as it was."""
-        for (child, name), content in state.contents.items():
-            container: Any = state.attributes[child][name]
-            present = self._originals(container)
+        """What the code changes inside of attributes. One that it sets anew is a write, and the one before as it was.
+
+        New entries that are tensors are remembered for the next call (`memos`); everything else would be lost.
+        """
+        for child, name, holder in state.contents:
+            content, present = holder.content, self._originals(holder.present)
             if same_items(present, content):
                 continue
             new: list[Any] = []
             if isinstance(present, dict):
                 new = [value for key, value in present.items() if key not in content or content[key] is not value]
             if not new or not all(map(is_fake, new)):
+                where, kind = _named(paths[child], name), type(holder.value).__name__
+                place = where if holder.value is state.attributes[child][name] else f"inside of {where}"
                 raise CaptureError(
-                    f"its forward changes the {type(content).__name__} {_named(paths[child], name)}, which a captured "
-                    "graph would not do again; return what is put there, or do so outside of the module"
+                    f"its forward changes the {kind} {place}, which a captured graph would not do again; return what "
+                    "is put there, or do so outside of the module"
                 )
             self.memos += new
 
-    def _originals(self, container: Any) -> Any:
-        """The items of a container, with live tensors in the place of their stand-ins."""
-        if is_array(container) or isinstance(container, bytearray):
-            return container
-        if isinstance(container, dict):
-            return {key: self.live.original(value) for key, value in container.items()}
-        return [self.live.original(item) for item in container] if not isinstance(container, set) else container
+    def _originals(self, content: Any) -> Any:
+        """The items of a container or an object, with live tensors in the place of their stand-ins."""
+        if isinstance(content, dict):
+            return {key: self.live.original(value) for key, value in content.items()}
+        return list(map(self.live.original, content)) if isinstance(content, list) else content
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -1,22 +1,31 @@
-"""The Python state of a module: attributes, what is in its containers, and random numbers unknown to PyTorch.
+"""The Python state of a module: attributes, what is inside of them, and random numbers unknown to PyTorch.
 
 A trace runs the module's code, and afterwards all of that has to be as it was.
 """
 
 from __future__ import annotations
 
-import copy
+import pickle
 import random
 import sys
 from collections import deque
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, partial
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 __all__ = [
     "MISSING",
+    "MOST",
+    "PLAIN",
     "TABLES",
+    "Holder",
     "PythonState",
+    "fields_of",
+    "holders_in",
     "is_array",
     "is_machinery",
     "random_states",
@@ -26,11 +35,17 @@ __all__ = [
 
 MISSING = object()
 """Stands for an attribute that is not there."""
-_MACHINERY = frozenset(vars(nn.Module())) - {"training"} | {"forward", "_compiled_call_impl", "call_super_init"}
-_CONTAINERS = (list, dict, set, bytearray, deque)
+MOST = 1000
+"""Things inside of one attribute that are looked at; more is a log, an archive, or the rest of the program."""
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
+"""Types whose values are compared by themselves."""
 TABLES = ("_parameters", "_buffers", "_modules")
 """The attributes in which a module keeps what is registered."""
+_MACHINERY = frozenset(vars(nn.Module())) - {"training"} | {"forward", "_compiled_call_impl", "call_super_init"}
 _UNSAVED = "_non_persistent_buffers_set"
+_CLOSED = (type, ModuleType, FunctionType, BuiltinFunctionType, MethodType, partial, tuple, frozenset, torch.Tensor)
+_OTHERS = frozenset({"torch", "lightning", "pytorch_lightning", "lrcnn_lightning", "logging", "threading", "_thread"})
+"""Packages whose objects go on living beside a module that refers to them: a trainer, a logger, a lock."""
 
 
 def is_machinery(name: str) -> bool:
@@ -43,18 +58,176 @@ def is_array(value: object) -> bool:
     return "numpy" in sys.modules and isinstance(value, sys.modules["numpy"].ndarray)
 
 
+# ------------------------------------------------------------------------------------------- what can be changed
+
+
+def fields_of(value: Any) -> dict[str, Any] | None:
+    """The attributes of an ordinary object, those in slots among them; None for what is no such object.
+
+    What a `functools.cached_property` remembers is none of them.
+    """
+    kind = type(value)
+    if isinstance(value, (*_CLOSED, *PLAIN)):
+        return None
+    if not isinstance(value, nn.Module) and kind.__module__.partition(".")[0] in _OTHERS:
+        return None
+    slots = [name for each in kind.__mro__ for name in _slots(each)]
+    if not slots and not hasattr(value, "__dict__"):
+        return None
+    fields = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    for name, item in getattr(value, "__dict__", {}).items():
+        if not isinstance(getattr(kind, name, None), cached_property):
+            fields[name] = item
+    return {name: item for name, item in fields.items() if not (isinstance(value, nn.Module) and is_machinery(name))}
+
+
+def _slots(kind: type) -> list[str]:
+    names = vars(kind).get("__slots__", ())
+    names = [names] if isinstance(names, str) else list(names)
+    return [name for name in names if name not in ("__dict__", "__weakref__") and not name.startswith("__")]
+
+
+def _set_fields(value: Any, fields: dict[str, Any]) -> None:
+    present = fields_of(value) or {}
+    for name in present.keys() - fields.keys():
+        object.__delattr__(value, name)
+    for name, item in fields.items():
+        if present.get(name, MISSING) is not item:
+            object.__setattr__(value, name, item)
+
+
+def _refill(container: Any, content: Iterable[Any]) -> None:
+    container.clear()
+    getattr(container, "extend" if isinstance(container, (list, deque, bytearray)) else "update")(content)
+
+
+def _set_array(array: Any, content: Any) -> None:
+    array[...] = content
+
+
+def _of_numpy(name: str) -> Callable[[object], bool]:
+    return lambda value: "numpy" in sys.modules and isinstance(value, getattr(sys.modules["numpy"].random, name))
+
+
+def _contents(cell: CellType) -> list[Any]:
+    try:
+        return [cell.cell_contents]
+    except ValueError:  # nothing is in it yet
+        return []
+
+
+class _Kind(NamedTuple):
+    """A kind of thing that can be changed: how to tell it, to read what is in it, and to put that back."""
+
+    holds: Callable[[Any], bool]
+    read: Callable[[Any], Any]
+    write: Callable[[Any, Any], object]
+
+
+def _type(*types: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, types)
+
+
+_KINDS = (
+    _Kind(_type(list, deque), list, _refill),
+    _Kind(_type(dict), dict, _refill),
+    _Kind(_type(set), set, _refill),
+    _Kind(_type(bytearray), bytes, _refill),
+    _Kind(is_array, lambda array: array.copy(), _set_array),
+    _Kind(_type(CellType), _contents, lambda cell, content: setattr(cell, "cell_contents", *content)),
+    _Kind(_type(random.Random), random.Random.getstate, random.Random.setstate),
+    _Kind(
+        _of_numpy("Generator"),
+        lambda rng: pickle.dumps(rng.bit_generator.state),
+        lambda rng, content: setattr(rng.bit_generator, "state", pickle.loads(content)),
+    ),
+    _Kind(
+        _of_numpy("RandomState"),
+        lambda rng: pickle.dumps(rng.get_state(legacy=False)),
+        lambda rng, content: rng.set_state(pickle.loads(content)),
+    ),
+    _Kind(lambda value: fields_of(value) is not None, fields_of, _set_fields),
+)
+"""The first that fits is it."""
+
+
+class Holder:
+    """Something inside of an attribute that can be changed, and what was in it: a container, an array, an object."""
+
+    def __init__(self, value: Any, kind: _Kind) -> None:
+        self.value, self._kind = value, kind
+        self.content = kind.read(value)
+
+    @property
+    def present(self) -> Any:
+        """What is in it now, in the form of ``content``."""
+        return self._kind.read(self.value)
+
+    def put_back(self) -> None:
+        """Put what was in it there again."""
+        if not same_items(self.present, self.content):
+            self._kind.write(self.value, self.content)
+
+
+def holders_in(value: Any, known: set[int]) -> Iterator[Holder]:
+    """What can be changed inside of a value, the nearest first; not what is ``known`` by its id, and at most `MOST`."""
+    queue, count = deque([value]), 0
+    while queue and count < MOST:
+        value = queue.popleft()
+        count += 1
+        if isinstance(value, PLAIN) or id(value) in known:
+            continue
+        kind = next((kind for kind in _KINDS if kind.holds(value)), None)
+        inside: Iterable[Any] = ()
+        if kind is not None:
+            known.add(id(value))
+            holder = Holder(value, kind)
+            yield holder
+            content = holder.content
+            inside = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+        elif isinstance(value, tuple):
+            inside = value
+        elif isinstance(value, partial):
+            inside = (value.func, *value.args, *value.keywords.values())
+        elif isinstance(value, MethodType):
+            inside = (value.__self__, value.__func__)
+        elif isinstance(value, FunctionType):
+            inside = value.__closure__ or ()
+        queue.extend(inside)
+
+
+def same_items(present: Any, content: Any) -> bool:
+    """Whether there is inside of something what was there."""
+    if is_array(present):
+        return bool(present.dtype == content.dtype and present.tobytes() == content.tobytes())
+    if isinstance(present, dict):
+        return present.keys() == content.keys() and all(_same(present[key], item) for key, item in content.items())
+    if isinstance(present, list):
+        return len(present) == len(content) and all(map(_same, present, content))
+    return bool(present == content)
+
+
+def _same(value: Any, other: Any) -> bool:
+    return value is other or (type(value) in PLAIN and type(value) is type(other) and value == other)
+
+
+# ------------------------------------------------------------------------------------------------------ snapshot
+
+
 class PythonState:
     """A snapshot, and with ``with`` a promise to go back to it."""
 
     def __init__(self, module: nn.Module) -> None:
         self.attributes = {child: dict(vars(child)) for child in module.modules()}
-        self.contents = {
-            (child, name): copy.copy(value)
+        known = set(map(id, self.attributes))
+        self.contents = [
+            (child, name, holder)
             for child, table in self.attributes.items()
             for name, value in table.items()
-            if (isinstance(value, _CONTAINERS) or is_array(value)) and not is_machinery(name)
-        }
-        """What was in the containers among the attributes."""
+            if not is_machinery(name)
+            for holder in holders_in(value, known)
+        ]
+        """What can be changed inside of the attributes, with the module and the name of the attribute."""
         self.tables = {child: {name: dict(vars(child)[name]) for name in TABLES} for child in self.attributes}
         """The parameters, buffers and submodules of each module."""
         self._unsaved = {child: set(vars(child)[_UNSAVED]) for child in self.attributes}
@@ -72,39 +245,13 @@ class PythonState:
             for name in [name for name in vars(child) if name not in table]:
                 del vars(child)[name]
             vars(child).update(table)
-        for (child, name), content in self.contents.items():
-            _refill(self.attributes[child][name], content)
+        for _, _, holder in self.contents:
+            holder.put_back()
         for child, tables in self.tables.items():
-            for name, content in tables.items():
-                _refill(vars(child)[name], content)
-            _refill(vars(child)[_UNSAVED], self._unsaved[child])
+            for name, content in (*tables.items(), (_UNSAVED, self._unsaved[child])):
+                if not same_items(vars(child)[name], content):
+                    _refill(vars(child)[name], content)
         set_random_states(self._random)
-
-
-def same_items(present: Any, content: Any) -> bool:
-    """Whether a container has the items that it had."""
-    if is_array(present):
-        return bool(present.dtype == content.dtype and present.tobytes() == content.tobytes())
-    if len(present) != len(content):
-        return False
-    if isinstance(present, dict):
-        return all(key in present and present[key] is value for key, value in content.items())
-    if isinstance(present, (list, deque)):
-        return all(a is b for a, b in zip(present, content, strict=True))
-    return bool(present == content)
-
-
-def _refill(container: Any, content: Any) -> None:
-    if same_items(container, content):
-        return
-    if is_array(container):
-        container[...] = content
-        return
-    container.clear()
-    if isinstance(container, (list, deque, bytearray)):
-        container.extend(content)
-    else:
-        container.update(content)
 
 
 def random_states() -> dict[str, Any]:
