@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+import itertools
 import random
 import warnings
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -319,6 +322,186 @@ class Appends(Net):
     def between(self, y: Tensor) -> Tensor:
         self.features.append(y)
         return y
+
+
+class Slotted:
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class Calls:
+    """A function with a state of its own."""
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+
+    def __call__(self, y: Tensor) -> Tensor:
+        self.factor += 1
+        return y * self.factor
+
+
+class Holds:
+    """Remembers a tensor that depends on the data."""
+
+    last: Tensor | None = None
+
+    def put(self, y: Tensor) -> float:
+        self.last = y.detach().mean()
+        return 1.0
+
+
+def closure() -> Callable[[], int]:
+    count = 0
+
+    def call() -> int:
+        nonlocal count
+        count += 1
+        return count
+
+    return call
+
+
+def increment(holder: Any) -> float:
+    holder.count += 1
+    return float(holder.count)
+
+
+def append(items: Any) -> float:
+    items.append(len(items))
+    return float(len(items))
+
+
+def increased(array: Any) -> float:
+    array += 1
+    return float(array.sum())
+
+
+CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], float]]] = {
+    "an object": (lambda: SimpleNamespace(count=0), increment),
+    "an object in a dict": (lambda: {"of": [SimpleNamespace(count=0)]}, lambda held: increment(held["of"][0])),
+    "a list in an object": (lambda: SimpleNamespace(log=[]), lambda held: append(held.log)),
+    "slots": (Slotted, increment),
+    "a hidden module": (lambda: [nn.Identity(), nn.ReLU()], lambda held: float(vars(held[1]).setdefault("seen", 7))),
+    "a method of an object": (lambda: functools.partial(increment, Slotted()), lambda held: held()),
+    "a function that is an object": (Calls, lambda held: (held(torch.ones(())), held.factor)[1]),
+    "a closure": (closure, lambda held: float(held())),
+    "a deque": (lambda: deque([1], maxlen=3), append),
+    "a defaultdict": (lambda: defaultdict(int), lambda held: float(held.__setitem__("calls", held["calls"] + 1) or 1)),
+    "a bytearray": (lambda: bytearray(b"a"), append),
+    "an array": (lambda: numpy.zeros(2), increased),
+    "a view of an array": (lambda: numpy.zeros((3, 2)).T[1], increased),
+    "an array in an object": (lambda: SimpleNamespace(of=numpy.zeros(2)), lambda held: increased(held.of)),
+    "a generator of Python": (lambda: random.Random(3), lambda held: held.random()),
+    "a generator of NumPy": (lambda: numpy.random.default_rng(3), lambda held: float(held.random())),
+    "an old generator of NumPy": (lambda: numpy.random.RandomState(3), lambda held: float(held.rand())),
+    "an iterator": (lambda: itertools.count(2), lambda held: float(next(held))),
+    "an iterator in an object": (lambda: SimpleNamespace(of=itertools.count(2)), lambda held: float(next(held.of))),
+}
+
+
+class Changes(Net):
+    """Changes what is inside of ``held`` and computes with what it reads there."""
+
+    def __init__(self, make: Callable[[], Any], change: Callable[[Any], float]) -> None:
+        super().__init__()
+        self.held, self.change = make(), change
+
+    def between(self, y: Tensor) -> Tensor:
+        return y * self.change(self.held)
+
+
+def _inside(value: Any) -> str:
+    """Everything that is in something, readable."""
+    if isinstance(value, (list, tuple, deque)):
+        return str([_inside(item) for item in value])
+    if isinstance(value, dict):
+        return str({key: _inside(item) for key, item in value.items()})
+    if isinstance(value, random.Random):
+        return str(value.getstate())
+    if isinstance(value, numpy.random.Generator):
+        return str(value.bit_generator.state)
+    if isinstance(value, numpy.random.RandomState):
+        return str(value.get_state()[1].tolist()) + str(value.get_state()[2:])
+    if isinstance(value, functools.partial):
+        return _inside(value.args)
+    if isinstance(value, (Slotted, SimpleNamespace, Calls, nn.Module)):
+        return str(
+            {name: _inside(getattr(value, name)) for name in dir(value) if name in ("count", "log", "of", "seen")}
+        )
+    if inspect.isfunction(value):
+        return str([cell.cell_contents for cell in value.__closure__ or ()])
+    return repr(value)
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_what_changes_inside_is_refused_and_changed_once_by_each_call(kind: str) -> None:
+    """The trace changed an object's count, and no later call did; a generator gave each call the same number."""
+    torch.manual_seed(0)
+    plain = Changes(*CHANGES[kind]).double()
+    torch.manual_seed(0)
+    ours = Changes(*CHANGES[kind]).double()
+    options: dict[str, Any] = {"mode": "two_phase", "rows": 4, "max_overhead": float("inf")}
+    lrcnn_lightning.rowwise(ours, **options)
+    before = _inside(ours.held)
+    with pytest.raises(CaptureError, match=r"changes the|an iterator, which goes on"):
+        step(ours)
+    assert _inside(ours.held) == before
+    lrcnn_lightning.rowwise(ours, **options, on_unsupported="warn")
+    for seed in range(3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            want, seen = step(plain, seed), step(ours, seed)
+        for name, tensor in want.items():
+            torch.testing.assert_close(seen[name], tensor, rtol=1e-10, atol=1e-10)
+        assert _inside(ours.held) == _inside(plain.held)
+
+
+def test_a_function_that_is_an_object_is_compared_by_what_is_in_it() -> None:
+    class Scales:
+        def __init__(self) -> None:
+            self.factor = 2.0
+
+        def __call__(self, y: Tensor) -> Tensor:
+            return y * self.factor
+
+    class Net2(Net):
+        def prepare(self) -> None:
+            self.act = Scales()
+
+        def between(self, y: Tensor) -> Tensor:
+            return self.act(y)
+
+    plain, ours = pair(Net2)
+    agree(plain, ours)
+    plain.act.factor = ours.act.factor = 5.0
+    agree(plain, ours, seed=1)
+
+
+def test_what_an_object_remembers_of_itself_is_no_change() -> None:
+    class Config:
+        size = 3
+
+        @functools.cached_property
+        def double(self) -> int:
+            return 2 * self.size
+
+        grid: Tensor | None = None
+
+    class Net3(Net):
+        def prepare(self) -> None:
+            self.config = Config()
+
+        def between(self, y: Tensor) -> Tensor:
+            if self.config.grid is None:
+                self.config.grid = torch.linspace(0, 1, y.shape[2], dtype=y.dtype)[:, None]
+            return y * self.config.double + self.config.grid
+
+    plain, ours = pair(Net3)
+    for seed in range(2):
+        agree(plain, ours, seed)
+    assert not is_fake(ours.config.grid)
 
 
 def test_a_list_that_grows_is_refused_and_left_alone() -> None:

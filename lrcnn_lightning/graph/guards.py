@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lrcnn_lightning.errors import CaptureError
-from lrcnn_lightning.graph.state import MOST, PLAIN, fields_of, is_array
+from lrcnn_lightning.graph.state import MOST, PLAIN, fields_of, is_array, is_iterator
 
 __all__ = ["Alike", "Guard", "Guards", "compared"]
 
@@ -123,7 +123,7 @@ class _Comparison:
             return self._all((value.__func__, value.__self__))
         if dataclasses.is_dataclass(value):
             return self._all(getattr(value, field.name) for field in dataclasses.fields(value))
-        if hasattr(type(value), "__next__"):
+        if is_iterator(value):
             raise CaptureError("an iterator, which goes on with each call")
         fields = fields_of(value)
         return self._itself(value) if fields is None else self.of(fields)

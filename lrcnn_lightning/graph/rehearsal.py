@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrcnn_lightning.errors import is_out_of_memory
+from lrcnn_lightning.errors import CaptureError, is_out_of_memory
 from lrcnn_lightning.fake import current_mode, is_fake, new_mode
 from lrcnn_lightning.graph.leaks import Leaks
 from lrcnn_lightning.graph.state import PythonState
@@ -29,10 +29,15 @@ _OF_THE_REHEARSAL = ("torch._subclasses", "torch._dynamo", "torch.fx", "torch.ex
 
 @contextlib.contextmanager
 def fake_run(module: nn.Module) -> Iterator[None]:
-    """A context for running a module's code on tensors without data, after which everything is as it was."""
-    leaks = Leaks()
+    """A context for running a module's code on tensors without data, after which everything is as it was.
+
+    Raises `CaptureError` where it would not be, because of an iterator among the attributes.
+    """
+    leaks, state = Leaks(), PythonState(module)
+    if state.for_good is not None:
+        raise CaptureError(f"{state.for_good!r} of {type(module).__name__} goes on with each call")
     try:
-        with undisturbed(module), PythonState(module), leaks:
+        with undisturbed(module), state, leaks:
             yield
     finally:
         leaks.undo()
@@ -61,6 +66,8 @@ def own_error(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
             given, named = structure.put_together([fake(leaf) for leaf in leaves])
             with mode, fake_run(module):
                 torch.func.functional_call(module, held, tuple(given), dict(named))
+    except CaptureError:
+        return None
     except Exception as error:
         of_the_module = not type(error).__module__.startswith(_OF_THE_REHEARSAL)
         return error if of_the_module and not is_out_of_memory(error) else None

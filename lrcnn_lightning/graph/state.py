@@ -27,6 +27,7 @@ __all__ = [
     "fields_of",
     "holders_in",
     "is_array",
+    "is_iterator",
     "is_machinery",
     "random_states",
     "same_items",
@@ -56,6 +57,11 @@ def is_machinery(name: str) -> bool:
 def is_array(value: object) -> bool:
     """Whether something is an array of NumPy's."""
     return "numpy" in sys.modules and isinstance(value, sys.modules["numpy"].ndarray)
+
+
+def is_iterator(value: object) -> bool:
+    """Whether something goes on with each use and cannot be put back: an iterator, a file."""
+    return hasattr(type(value), "__next__")
 
 
 # ------------------------------------------------------------------------------------------- what can be changed
@@ -149,6 +155,7 @@ _KINDS = (
     _Kind(lambda value: fields_of(value) is not None, fields_of, _set_fields),
 )
 """The first that fits is it."""
+_ITERATOR = _Kind(is_iterator, lambda _: None, lambda _, __: None)
 
 
 class Holder:
@@ -193,6 +200,8 @@ def holders_in(value: Any, known: set[int]) -> Iterator[Holder]:
             inside = (value.__self__, value.__func__)
         elif isinstance(value, FunctionType):
             inside = value.__closure__ or ()
+        elif is_iterator(value):
+            yield Holder(value, _ITERATOR)
         queue.extend(inside)
 
 
@@ -230,6 +239,8 @@ class PythonState:
         """What can be changed inside of the attributes, with the module and the name of the attribute."""
         self.tables = {child: {name: dict(vars(child)[name]) for name in TABLES} for child in self.attributes}
         """The parameters, buffers and submodules of each module."""
+        self.for_good = next((name for _, name, holder in self.contents if is_iterator(holder.value)), None)
+        """The name of an attribute with something inside that cannot be put back, if there is one."""
         self._unsaved = {child: set(vars(child)[_UNSAVED]) for child in self.attributes}
         self._random = random_states()
 
