@@ -12,13 +12,13 @@ returned to. The record holds next to nothing alive, so it costs nothing where n
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 from lrcnn_lightning.engine.rows import Carries, RowLoop, run_node
 from lrcnn_lightning.engine.slabs import Prepared
@@ -74,7 +74,7 @@ class CallRecord:
     """Of one call of a module: the values that its segments read, and the segments that make them."""
 
     def __init__(self) -> None:
-        self._values: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._values: dict[int, tuple[TensorWeakRef, int]] = {}
         self._makers: dict[int, SegmentCall] = {}
         self._small: dict[int, Tensor] = {}
         """Whole values that hardly take memory and that nobody else may keep."""
@@ -84,7 +84,7 @@ class CallRecord:
         for index in call.program.inputs:
             tensor = tensors[index]
             if index not in self._values and not tensor.is_inference():
-                self._values[index] = weakref.ref(tensor), tensor._version
+                self._values[index] = TensorWeakRef(tensor), tensor._version
                 if tensor.numel() <= _SMALL and not call.graph.is_map(index):
                     self._small[index] = tensor
         self._makers.update(dict.fromkeys(call.program.outputs, call))
@@ -92,7 +92,7 @@ class CallRecord:
     def value(self, index: int, ambient: Ambient, history: bool = False) -> Tensor | None:
         """A value as it was in the call, with its history if that is asked for; None if it is lost."""
         reference, version = self._values.get(index, (None, 0))
-        tensor = None if reference is None else reference()
+        tensor: Tensor | None = None if reference is None else reference()
         if tensor is not None and tensor._version == version:
             return tensor
         call = self._makers.get(index)

@@ -86,11 +86,13 @@ def choose_plan(
     budget = config.budget_bytes
     if budget == "auto":
         budget = usable_bytes(device) if config.fits_free_memory else None
-    if config.chooses_freely and budget is not None and not graph.communicates:
-        plain = plain_plan(graph, leaves, training, machine)
-        if plain.oversized is None and plain.peak_bytes <= budget:
-            return plain
+    plain = plain_plan(graph, leaves, training, machine)
+    may_be_plain = config.chooses_freely and not graph.communicates and plain.oversized is None
+    if may_be_plain and budget is not None and plain.peak_bytes <= budget:
+        return plain
     best = _found(graph, leaves, training, config, machine, budget)
+    if may_be_plain and plain.peak_bytes <= best.peak_bytes and plain.cost.seconds <= best.cost.seconds:
+        best = plain
     if budget is not None and best.peak_bytes > budget:
         raise BudgetError(
             f"no plan fits memory_budget={format_size(budget)}: the least peak of activation memory that was found is "
