@@ -56,7 +56,9 @@ def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
             recorded = _recorded(trace, [tensor for _, tensor in tensors])
             graph = read(recorded, trace, [(place, names[place]) for place, _ in tensors])
             graph = functionalise(with_prefix(without_aliases(graph)))
+            del recorded
     finally:
+        trace.forget()
         leaks.undo()
     _refuse_remembered(graph, trace.memos)
     return replace(graph, outputs=graph.outputs[: len(graph.outputs) - trace.memos])

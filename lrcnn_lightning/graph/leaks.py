@@ -8,11 +8,12 @@ tensor would be found there by the next call, and everything computed with it wo
 from __future__ import annotations
 
 import gc
-import weakref
+import sys
 from typing import Any
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import TensorWeakRef
 
 from lrcnn_lightning.fake import is_fake
 
@@ -24,8 +25,9 @@ class Leaks(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._made: list[weakref.ref[Tensor]] = []
-        self._standing_in: list[tuple[Tensor, Tensor]] = []
+        self._made: list[TensorWeakRef] = []
+        self._fakes: list[Tensor] = []
+        self._originals: list[Tensor] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -36,24 +38,29 @@ class Leaks(TorchFunctionMode):
     def note(self, item: Any) -> None:
         """Note what may be a tensor without data."""
         if is_fake(item):
-            self._made.append(weakref.ref(item))
+            self._made.append(TensorWeakRef(item))
 
     def note_stand_in(self, fake: Tensor, tensor: Tensor) -> None:
         """Note a tensor without data that the code has in the place of another."""
-        self._standing_in.append((fake, tensor))
+        self._fakes.append(fake)
+        self._originals.append(tensor)
 
     def undo(self) -> None:
         """Take those that are still alive out of the caches, dictionaries and lists that hold them; what others stand
         in for takes its place again.
 
-        What else may hold one belongs to the trace, which is over.
+        What else may hold one belongs to the trace, which is over. Whoever holds a tensor is looked for among all
+        objects of the process, which takes long; so those that nobody holds are left out.
         """
-        originals = {id(fake): tensor for fake, tensor in self._standing_in}
-        made = (reference() for reference in self._made)
-        alive = {id(tensor): tensor for tensor in made if tensor is not None and id(tensor) not in originals}
-        fakes = [*alive.values(), *(fake for fake, _ in self._standing_in)]
-        for holder in gc.get_referrers(*fakes) if fakes else ():
-            if holder is alive or holder is fakes:
+        fakes, self._fakes = self._fakes, []
+        originals = {id(fake): tensor for fake, tensor in zip(fakes, self._originals, strict=True)}
+        made = [reference() for reference in self._made]
+        alive = [tensor for tensor in made if tensor is not None and id(tensor) not in originals]
+        del made
+        remaining = [*_held_elsewhere(fakes), *_held_elsewhere(alive)]
+        leaked = {id(tensor) for tensor in alive}
+        for holder in gc.get_referrers(*remaining) if remaining else ():
+            if holder is alive or holder is fakes or holder is remaining:
                 continue
             if hasattr(holder, "cache_clear"):
                 holder.cache_clear()
@@ -61,7 +68,16 @@ class Leaks(TorchFunctionMode):
                 for key, value in list(holder.items()):
                     if id(value) in originals:
                         holder[key] = originals[id(value)]
-                    elif id(value) in alive:
+                    elif id(value) in leaked:
                         del holder[key]
             elif type(holder) is list:
-                holder[:] = [originals.get(id(item), item) for item in holder if id(item) not in alive]
+                holder[:] = [originals.get(id(item), item) for item in holder if id(item) not in leaked]
+
+
+def _held_elsewhere(tensors: list[Tensor]) -> list[Tensor]:
+    """Those to which there are more references than that of the list, which nothing else may refer to."""
+    items = [*tensors, Tensor()]  # the last one shows what the count is otherwise
+    tensors.clear()
+    counts = [sys.getrefcount(item) for item in items]
+    tensors.extend(items[:-1])
+    return [item for item, count in zip(tensors, counts[:-1], strict=True) if count > counts[-1]]

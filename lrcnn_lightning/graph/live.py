@@ -111,6 +111,11 @@ class LiveTensors:
             return {key: self.replaced(item) for key, item in tree.items()}
         return tree
 
+    def forget(self) -> None:
+        """Let go of all stand-ins."""
+        self._reached.clear()
+        self._by_stand_in.clear()
+
     def _stand_in(self, tensor: Tensor) -> Tensor:
         live = self._reached.get(id(tensor))
         if live is None:

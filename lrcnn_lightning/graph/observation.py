@@ -73,6 +73,10 @@ class Observation:
                     "draw again; draw them with torch.rand, or outside of it and pass them as arguments"
                 )
 
+    def forget(self) -> None:
+        """Let go of the tensors of the trace."""
+        self.written, self.memos = [], []
+
     # ------------------------------------------------------------------ reads
 
     @contextlib.contextmanager

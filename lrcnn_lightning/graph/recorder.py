@@ -20,12 +20,23 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor_tree,
 )
 
-__all__ = ["record_attribute", "record_call", "recorded", "recorded_graph", "root", "unrecorded"]
+__all__ = ["forget", "record_attribute", "record_call", "recorded", "recorded_graph", "root", "unrecorded"]
 
 
 def recorded(function: Callable[..., Any], *examples: Tensor) -> GraphModule:
     """What a function of tensors without data calls, before autograd takes operations apart."""
     return make_fx(function, pre_dispatch=True, _allow_non_fake_inputs=True)(*examples)
+
+
+def forget(program: GraphModule, root: nn.Module | None) -> None:
+    """Let go of the tensors that a recorded program and what it was recorded on refer to."""
+    for node in program.graph.nodes:
+        node.meta.clear()
+    for module in (program, root):
+        if module is not None:
+            for table in (vars(module), module._parameters, module._buffers):
+                for name in [name for name, value in table.items() if isinstance(value, Tensor)]:
+                    del table[name]
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from lrcnn_lightning.graph.hooks import recorded_hooks
 from lrcnn_lightning.graph.leaks import Leaks
 from lrcnn_lightning.graph.live import LiveTensor, LiveTensors, stand_in
 from lrcnn_lightning.graph.observation import Observation
-from lrcnn_lightning.graph.recorder import record_attribute, recorded, recorded_graph, root
+from lrcnn_lightning.graph.recorder import forget, record_attribute, recorded, recorded_graph, root
 from lrcnn_lightning.graph.structure import Structure, refuse_unknown, take_apart
 from lrcnn_lightning.graph.surroundings import balanced
 
@@ -60,6 +60,7 @@ class Trace:
         self.structure = structure
         self.memos = 0
         self._paths = {child: path for path, child in module.named_modules()}
+        self._program: GraphModule | None = None
         self._stderr = sys.stderr
 
     def run(self, widened: Sequence[bool]) -> GraphModule:
@@ -70,7 +71,7 @@ class Trace:
                 stand_in(tensor, self.mode, torch.float32 if wide else None)
                 for tensor, wide in zip(tensors, widened, strict=True)
             ]
-            program = recorded(self._code, *examples)
+            program = self._program = recorded(self._code, *examples)
         kept = [live for live in self.live if live.fake.requires_grad != live.tensor.requires_grad]
         if kept:
             raise CaptureError(
@@ -78,6 +79,16 @@ class Trace:
                 "write what is detached, or do so under torch.no_grad()"
             )
         return program
+
+    def forget(self) -> None:
+        """Let go of all tensors without data, when the recorded operations have been read."""
+        self.live.forget()
+        self.attributes.clear()
+        self.observation.forget()
+        self.leaves.clear()
+        if self._program is not None:
+            forget(self._program, self.observation.recorder)
+            self._program = None
 
     def _code(self, *tensors: Tensor) -> list[Tensor]:
         """The module as a function of its tensor arguments that returns a list of tensors.

@@ -1,7 +1,8 @@
 """Choosing a plan: candidates are built and priced by the cost model, and one is chosen by what was asked for.
 
 With a budget: the fastest plan predicted to fit. Without: the plan of least memory whose extra work is within
-``max_overhead``, or the fastest if none is. Numbers that the user gave are not varied.
+``max_overhead``, or the fastest if none is. Numbers that the user gave are not varied. Where none is given, plain PyTorch
+is a plan, too: it is chosen where it fits the budget, and where the best row-wise plan takes more memory and more time.
 """
 
 from __future__ import annotations
