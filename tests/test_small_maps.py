@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lrcnn_lightning
@@ -53,3 +54,52 @@ def test_an_axis_of_size_one(options: dict[str, object]) -> None:
     with pytest.raises(InputError, match=r"axis=2 has size 1 in .*: allowed is 'auto'$"):
         lrcnn_lightning.plan(layer, torch.randn(2, 3, 1, 1), axis=2, **options)
     assert lrcnn_lightning.plan(layer, torch.randn(2, 3, 1, 1), **options).mode == "plain"
+
+
+# --------------------------------------------------------------------------------------------- nothing to gain
+
+
+class NonLocal(nn.Module):
+    """Every position is weighed with every other one (a non-local network), which takes the most by far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(4, 8, 1)
+        self.projections = nn.ModuleList(nn.Conv2d(8, 4, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        query, key, value = (project(x) for project in self.projections)
+        weights = query.flatten(2).transpose(1, 2) @ F.max_pool2d(key, 2).flatten(2)
+        seen = torch.softmax(weights, -1) @ F.max_pool2d(value, 2).flatten(2).transpose(1, 2)
+        return x + self.last(seen.transpose(1, 2).reshape(x.shape[0], 4, *x.shape[2:]))
+
+
+class Haar(nn.Module):
+    """A convolution of wavelets, which are put together by writes to every second row and column."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(12, 12, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c, d = (x[:, :, i::2, j::2] / 2 for j in (0, 1) for i in (0, 1))
+        maps = torch.cat([a + b + c + d, b + d - a - c, c + d - a - b, a + d - b - c], 1)
+        p, q, r, t = self.convolution(maps).chunk(4, 1)
+        out = torch.zeros_like(x)
+        out[:, :, 0::2, 0::2], out[:, :, 1::2, 0::2] = p - q - r + t, p - q + r - t
+        out[:, :, 0::2, 1::2], out[:, :, 1::2, 1::2] = p + q - r - t, p + q + r + t
+        return out
+
+
+@pytest.mark.parametrize(("kind", "size"), [(NonLocal, 128), (Haar, 512)])
+def test_plain_where_rows_take_more_memory_and_more_time(kind: type[nn.Module], size: int) -> None:
+    """The plan of least extra work took 129 MiB where plain PyTorch takes 97, in half as much time again."""
+    x = torch.empty(2, 3, size, size, device="meta")
+    plan = lrcnn_lightning.plan(kind(), x, memory_budget=None)
+    assert plan.mode == "plain"
+    assert plan.peak_bytes == plan.plain_peak_bytes and plan.overhead == 0
+    chosen = lrcnn_lightning.plan(kind(), x, mode="two_phase")
+    assert chosen.mode == "two_phase", "whoever asks for rows gets them"
+    assert chosen.peak_bytes >= plan.peak_bytes and chosen.overhead > 0
+    assert chosen.notes

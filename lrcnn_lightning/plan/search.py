@@ -1,8 +1,8 @@
 """Choosing a plan: candidates are built and priced by the cost model, and one is chosen by what was asked for.
 
 With a budget: the fastest plan predicted to fit. Without: the plan of least memory whose extra work is within
-``max_overhead``, or the fastest if none is. Numbers that the user gave are not varied. Where none is given, plain PyTorch
-is a plan, too: it is chosen where it fits the budget, and where the best row-wise plan takes more memory and more time.
+``max_overhead``, or the fastest if none is. Numbers that the user gave are not varied. Where none is given, plain
+PyTorch is a plan, too: it is chosen where it fits the budget, and where the best row-wise plan takes no less memory.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def choose_plan(
     if may_be_plain and budget is not None and plain.peak_bytes <= budget:
         return plain
     best = _found(graph, leaves, training, config, machine, budget)
-    if may_be_plain and plain.peak_bytes <= best.peak_bytes and plain.cost.seconds <= best.cost.seconds:
+    if may_be_plain and plain.peak_bytes <= best.peak_bytes:
         best = plain
     if budget is not None and best.peak_bytes > budget:
         raise BudgetError(
