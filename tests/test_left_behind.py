@@ -177,6 +177,8 @@ def test_nothing_is_left_behind(nasty: str, refused: bool) -> None:
     """A transform that was left open broke the whole process: torch.randn, backward(), deepcopy."""
     if nasty == "saved tensors" and not TOLD:
         pytest.skip("PyTorch 2.6 does not tell which hooks are set")
+    if nasty == "open dispatch mode" and torch.__version__.startswith("2.6."):
+        pytest.skip("PyTorch 2.6 ends the process when the mode is taken off its stack")
     net = Net(NASTY[nasty], refused)
     before = everything(net)
     try:

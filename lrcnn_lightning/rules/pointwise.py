@@ -125,6 +125,7 @@ def prelu(scope: Scope) -> RowRule | None:
 
 
 @register("pointwise", aten.hardswish.default, aten.log_sigmoid.default, aten.special_expm1.default)
+@register("pointwise", aten.leaky_relu.default)  # tagged since PyTorch 2.7
 @register("pointwise", aten.where.Scalar, aten.where.ScalarSelf, aten.where.ScalarOther, aten.masked_fill.Tensor)
 @register(
     "pointwise",
