@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lrcnn_lightning.errors import UninitialisedError
-from lrcnn_lightning.graph import HOOK_TABLES, Structure, computes_weight, processes, under_autocast
+from lrcnn_lightning.graph import HOOK_TABLES, Structure, computes_weight, marks_of, processes, under_autocast
 from lrcnn_lightning.rules import RowGraph
 
 __all__ = ["CACHED", "Captures", "device_of", "without_hooks"]
@@ -112,7 +112,8 @@ def device_of(inputs: Iterable[Any]) -> torch.device:
 def _metadata(leaf: Any) -> Any:
     """What capture depends on, of one argument."""
     if isinstance(leaf, torch.Tensor):
-        return tuple(leaf.shape), leaf.dtype, leaf.device, _is_channels_last(leaf)
+        marks = tuple(sorted(marks_of(leaf).items(), key=repr))
+        return tuple(leaf.shape), leaf.dtype, leaf.device, _is_channels_last(leaf), marks
     try:
         hash(leaf)
     except TypeError:

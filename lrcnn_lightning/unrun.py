@@ -22,7 +22,7 @@ def plain_peak(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     """
     grad = torch.is_grad_enabled()
     try:
-        with without_hooks(module), fake_run(module), torch.inference_mode(False), torch.enable_grad():
+        with without_hooks(module), fake_run(module, (args, kwargs)), torch.inference_mode(False), torch.enable_grad():
             return measure_fake(module, *args, grad=grad, **kwargs).peak_bytes
     except Exception:  # whatever it is, the number is only a help
         return None

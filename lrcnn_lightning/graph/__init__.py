@@ -21,6 +21,7 @@ from lrcnn_lightning.graph.graph import (
 )
 from lrcnn_lightning.graph.guards import Guard
 from lrcnn_lightning.graph.hooks import HOOK_TABLES, HookCall, computes_weight
+from lrcnn_lightning.graph.marks import marks_of
 from lrcnn_lightning.graph.reasons import in_words
 from lrcnn_lightning.graph.rehearsal import fake_run, own_error
 from lrcnn_lightning.graph.structure import Structure, take_apart
@@ -58,6 +59,7 @@ __all__ = [
     "is_rehearsed",
     "is_rehearsed_elsewhere",
     "map_refs",
+    "marks_of",
     "own_error",
     "processes",
     "references",

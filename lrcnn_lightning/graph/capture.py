@@ -60,6 +60,11 @@ def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
     finally:
         trace.forget()
         leaks.undo()
+    if leaks.lost is not None:
+        raise CaptureError(
+            f"its forward puts a tensor that depends on the data into a {leaks.lost} outside of the module, which a "
+            "captured graph would not do again; return it, or keep it as an attribute"
+        )
     _refuse_remembered(graph, trace.memos)
     return replace(graph, outputs=graph.outputs[: len(graph.outputs) - trace.memos])
 

@@ -12,14 +12,14 @@ import enum
 import logging
 from collections.abc import Iterable, Mapping
 from functools import partial
-from types import MethodType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from lrcnn_lightning.errors import CaptureError
-from lrcnn_lightning.graph.state import MOST, PLAIN, fields_of, is_array, is_iterator
+from lrcnn_lightning.graph.state import MOST, PLAIN, contents_of, fields_of, is_array, is_iterator
 
 __all__ = ["Alike", "Guard", "Guards", "compared"]
 
@@ -121,6 +121,10 @@ class _Comparison:
             return self._all((value.func, value.args, value.keywords))
         if isinstance(value, MethodType):
             return self._all((value.__func__, value.__self__))
+        if isinstance(value, FunctionType):
+            return self._itself(value), self._all(value.__closure__ or ())
+        if isinstance(value, CellType):
+            return self._all(contents_of(value))
         if dataclasses.is_dataclass(value):
             return self._all(getattr(value, field.name) for field in dataclasses.fields(value))
         if is_iterator(value):

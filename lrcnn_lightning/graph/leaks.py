@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import TensorWeakRef
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from lrcnn_lightning.fake import is_fake
 
@@ -28,6 +29,9 @@ class Leaks(TorchFunctionMode):
         self._made: list[TensorWeakRef] = []
         self._fakes: list[Tensor] = []
         self._originals: list[Tensor] = []
+        self._of_data = WeakTensorKeyDictionary()
+        self.lost: str | None = None
+        """The type of a container outside of the module that held a tensor computed from the module's inputs."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -39,6 +43,15 @@ class Leaks(TorchFunctionMode):
         """Note what may be a tensor without data."""
         if is_fake(item):
             self._made.append(TensorWeakRef(item))
+
+    def note_of_data(self, tensor: Any) -> None:
+        """Note a tensor that is an input of the module or computed from one."""
+        if isinstance(tensor, Tensor):
+            self._of_data[tensor] = True
+
+    def depends_on_data(self, tree: Any) -> bool:
+        """Whether a tensor among nested arguments does."""
+        return any(isinstance(leaf, Tensor) and leaf in self._of_data for leaf in tree_leaves(tree))
 
     def note_stand_in(self, fake: Tensor, tensor: Tensor) -> None:
         """Note a tensor without data that the code has in the place of another."""
@@ -69,9 +82,17 @@ class Leaks(TorchFunctionMode):
                     if id(value) in originals:
                         holder[key] = originals[id(value)]
                     elif id(value) in leaked:
+                        self._note_loss(holder, value)
                         del holder[key]
             elif type(holder) is list:
+                for item in holder:
+                    if id(item) in leaked:
+                        self._note_loss(holder, item)
                 holder[:] = [originals.get(id(item), item) for item in holder if id(item) not in leaked]
+
+    def _note_loss(self, holder: Any, tensor: Tensor) -> None:
+        if tensor in self._of_data:
+            self.lost = type(holder).__name__
 
 
 def _held_elsewhere(tensors: list[Tensor]) -> list[Tensor]:

@@ -53,19 +53,19 @@ class Observation:
         return Guards(tuple(self.reads.values()), tuple(self.held))
 
     @contextlib.contextmanager
-    def observed(self) -> Iterator[None]:
-        """Observe what is run inside, and undo what it does to attributes and to random states.
+    def observed(self, arguments: Any) -> Iterator[None]:
+        """Observe what is run inside, and undo what it does to attributes, arguments and random states.
 
         Raises `CaptureError` for what later calls could not do again.
         """
         self.reads, self.held, self.writes, self.written, self.memos = {}, [], [], [], []
         paths = {child: path for path, child in self.module.named_modules()}
-        with PythonState(self.module) as state:
+        with PythonState(self.module, arguments) as state:
             with self._recorded_reads(state):
                 yield
             self._find_writes(paths, state)
             self._find_registrations(paths, state)
-            self._find_changes(paths, state)
+            self._find_changes(state)
             drawn = state.drawn()
             if drawn:
                 raise CaptureError(
@@ -165,26 +165,31 @@ class Observation:
         self.writes.append(Write(path, name, structure, buffer))
         self.written += leaves
 
-    def _find_changes(self, paths: dict[nn.Module, str], state: PythonState) -> None:
-        """What the code changes inside of attributes. One that it sets anew is a write, and the one before as it was.
+    def _find_changes(self, state: PythonState) -> None:
+        """What the code changes inside of attributes, arguments, and outside of the module.
 
-        New entries that are tensors are remembered for the next call (`memos`); everything else would be lost.
+        What it sets anew is a write instead, and the container of before is as it was. New entries of attributes that
+        are tensors are remembered for the next call (`memos`). So are new entries of a dict of a class or a file, which
+        is a cache, as a set is one. Everything else would be lost.
         """
-        for child, name, holder in state.contents:
+        for holder in state.holders:
             content, present = holder.content, self._originals(holder.present)
             if same_items(present, content):
                 continue
-            new: list[Any] = []
-            if isinstance(present, dict):
-                new = [value for key, value in present.items() if key not in content or content[key] is not value]
-            if not new or not all(map(is_fake, new)):
-                where, kind = _named(paths[child], name), type(holder.value).__name__
-                place = where if holder.value is state.attributes[child][name] else f"inside of {where}"
-                raise CaptureError(
-                    f"its forward changes the {kind} {place}, which a captured graph would not do again; return what "
-                    "is put there, or do so outside of the module"
-                )
-            self.memos += new
+            is_dict = isinstance(present, dict)
+            new = [v for k, v in present.items() if k not in content or content[k] is not v] if is_dict else []
+            if holder in state.variables:
+                grown = is_dict and same_items({key: present.get(key) for key in content}, content)
+                if grown or isinstance(present, set):
+                    self.memos += filter(is_fake, new)
+                    continue
+            elif holder in state.contents and new and all(map(is_fake, new)):
+                self.memos += new
+                continue
+            raise CaptureError(
+                f"its forward changes {holder.name}, which a captured graph would not do again; return what is put "
+                "there, or do so outside of the module"
+            )
 
     def _originals(self, content: Any) -> Any:
         """The items of a container or an object, with live tensors in the place of their stand-ins."""

@@ -28,14 +28,14 @@ _OF_THE_REHEARSAL = ("torch._subclasses", "torch._dynamo", "torch.fx", "torch.ex
 
 
 @contextlib.contextmanager
-def fake_run(module: nn.Module) -> Iterator[None]:
+def fake_run(module: nn.Module, arguments: Any = ()) -> Iterator[None]:
     """A context for running a module's code on tensors without data, after which everything is as it was.
 
-    Raises `CaptureError` where it would not be, because of an iterator among the attributes.
+    Raises `CaptureError` where it would not be, because of an iterator among the attributes or the arguments.
     """
-    leaks, state = Leaks(), PythonState(module)
+    leaks, state = Leaks(), PythonState(module, arguments)
     if state.for_good is not None:
-        raise CaptureError(f"{state.for_good!r} of {type(module).__name__} goes on with each call")
+        raise CaptureError(f"{state.for_good.name} goes on with each call")
     try:
         with undisturbed(module), state, leaks:
             yield
@@ -64,7 +64,7 @@ def own_error(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
         with torch.inference_mode(False), torch.no_grad():
             held = {name: fake(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
             given, named = structure.put_together([fake(leaf) for leaf in leaves])
-            with mode, fake_run(module):
+            with mode, fake_run(module, (given, named)):
                 torch.func.functional_call(module, held, tuple(given), dict(named))
     except CaptureError:
         return None

@@ -24,6 +24,7 @@ __all__ = [
     "TABLES",
     "Holder",
     "PythonState",
+    "contents_of",
     "fields_of",
     "holders_in",
     "is_array",
@@ -115,7 +116,8 @@ def _of_numpy(name: str) -> Callable[[object], bool]:
     return lambda value: "numpy" in sys.modules and isinstance(value, getattr(sys.modules["numpy"].random, name))
 
 
-def _contents(cell: CellType) -> list[Any]:
+def contents_of(cell: CellType) -> list[Any]:
+    """What is in a variable of a function's surroundings: one thing, or nothing yet."""
     try:
         return [cell.cell_contents]
     except ValueError:  # nothing is in it yet
@@ -140,7 +142,7 @@ _KINDS = (
     _Kind(_type(set), set, _refill),
     _Kind(_type(bytearray), bytes, _refill),
     _Kind(is_array, lambda array: array.copy(), _set_array),
-    _Kind(_type(CellType), _contents, lambda cell, content: setattr(cell, "cell_contents", *content)),
+    _Kind(_type(CellType), contents_of, lambda cell, content: setattr(cell, "cell_contents", *content)),
     _Kind(_type(random.Random), random.Random.getstate, random.Random.setstate),
     _Kind(
         _of_numpy("Generator"),
@@ -154,16 +156,31 @@ _KINDS = (
     ),
     _Kind(lambda value: fields_of(value) is not None, fields_of, _set_fields),
 )
-"""The first that fits is it."""
+"""The first that fits is it; containers come first."""
 _ITERATOR = _Kind(is_iterator, lambda _: None, lambda _, __: None)
 
 
 class Holder:
-    """Something inside of an attribute that can be changed, and what was in it: a container, an array, an object."""
+    """Something that can be changed, and what was in it: a container, an array, an object, the variables of a file.
 
-    def __init__(self, value: Any, kind: _Kind) -> None:
-        self.value, self._kind = value, kind
+    ``where`` says what it belongs to, for messages.
+    """
+
+    def __init__(self, value: Any, kind: _Kind, where: str = "") -> None:
+        self.value, self._kind, self.where = value, kind, where
         self.content = kind.read(value)
+
+    @property
+    def name(self) -> str:
+        """What it is, and where."""
+        if self._kind is _VARIABLES:
+            return f"a number {self.where}"
+        return f"the {type(self.value).__name__} {self.where}"
+
+    @property
+    def is_for_good(self) -> bool:
+        """Whether what is done to it cannot be undone."""
+        return self._kind is _ITERATOR
 
     @property
     def present(self) -> Any:
@@ -176,9 +193,9 @@ class Holder:
             self._kind.write(self.value, self.content)
 
 
-def holders_in(value: Any, known: set[int]) -> Iterator[Holder]:
+def holders_in(value: Any, known: set[int], where: str = "") -> Iterator[Holder]:
     """What can be changed inside of a value, the nearest first; not what is ``known`` by its id, and at most `MOST`."""
-    queue, count = deque([value]), 0
+    queue, count, outermost = deque([value]), 0, value
     while queue and count < MOST:
         value = queue.popleft()
         count += 1
@@ -188,7 +205,7 @@ def holders_in(value: Any, known: set[int]) -> Iterator[Holder]:
         inside: Iterable[Any] = ()
         if kind is not None:
             known.add(id(value))
-            holder = Holder(value, kind)
+            holder = Holder(value, kind, where if value is outermost else f"inside of {where}")
             yield holder
             content = holder.content
             inside = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
@@ -201,8 +218,42 @@ def holders_in(value: Any, known: set[int]) -> Iterator[Holder]:
         elif isinstance(value, FunctionType):
             inside = value.__closure__ or ()
         elif is_iterator(value):
-            yield Holder(value, _ITERATOR)
+            yield Holder(value, _ITERATOR, where)
         queue.extend(inside)
+
+
+def _numbers(namespace: Any) -> dict[str, Any]:
+    """The variables of a class or a file that are numbers; flags, as of warnings that were given, are left out."""
+    return {name: value for name, value in list(vars(namespace).items()) if type(value) in (int, float)}
+
+
+def _set_numbers(namespace: Any, numbers: dict[str, Any]) -> None:
+    for name in _numbers(namespace).keys() - numbers.keys():
+        delattr(namespace, name)
+    for name, value in numbers.items():
+        if vars(namespace).get(name, MISSING) is not value:
+            setattr(namespace, name, value)
+
+
+_VARIABLES = _Kind(_type(type, ModuleType), _numbers, _set_numbers)
+
+
+def variables_of(module: nn.Module) -> Iterator[Holder]:
+    """Numbers and containers among the variables of the classes of a module and its parts, and of their files."""
+    classes = {kind: None for child in module.modules() for kind in type(child).__mro__ if _is_own(kind)}
+    files = {kind.__module__: sys.modules[kind.__module__] for kind in classes if kind.__module__ in sys.modules}
+    places: list[tuple[Any, str]] = [(kind, f"of the class {kind.__name__}") for kind in classes]
+    places += [(file, f"of the file {name}") for name, file in files.items()]
+    for namespace, where in places:
+        yield Holder(namespace, _VARIABLES, where)
+        for name, value in list(vars(namespace).items()):
+            kind = next((kind for kind in _KINDS[:3] if kind.holds(value)), None)
+            if kind is not None and not name.startswith("__"):
+                yield Holder(value, kind, f"{name!r} {where}")
+
+
+def _is_own(kind: type) -> bool:
+    return kind is not object and kind.__module__.partition(".")[0] not in _OTHERS
 
 
 def same_items(present: Any, content: Any) -> bool:
@@ -226,23 +277,35 @@ def _same(value: Any, other: Any) -> bool:
 class PythonState:
     """A snapshot, and with ``with`` a promise to go back to it."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, arguments: Any = ()) -> None:
         self.attributes = {child: dict(vars(child)) for child in module.modules()}
         known = set(map(id, self.attributes))
         self.contents = [
-            (child, name, holder)
-            for child, table in self.attributes.items()
-            for name, value in table.items()
+            holder
+            for path, child in module.named_modules()
+            for name, value in self.attributes[child].items()
             if not is_machinery(name)
-            for holder in holders_in(value, known)
+            for holder in holders_in(value, known, repr(f"{path}.{name}" if path else name))
         ]
-        """What can be changed inside of the attributes, with the module and the name of the attribute."""
+        """What can be changed inside of the attributes."""
+        self.arguments = list(holders_in(arguments, known, "its arguments"))
+        """What can be changed inside of the arguments."""
+        self.variables = list(variables_of(module))
+        """What can be changed of the classes of the module and its parts, and of their files."""
         self.tables = {child: {name: dict(vars(child)[name]) for name in TABLES} for child in self.attributes}
         """The parameters, buffers and submodules of each module."""
-        self.for_good = next((name for _, name, holder in self.contents if is_iterator(holder.value)), None)
-        """The name of an attribute with something inside that cannot be put back, if there is one."""
         self._unsaved = {child: set(vars(child)[_UNSAVED]) for child in self.attributes}
         self._random = random_states()
+
+    @property
+    def holders(self) -> list[Holder]:
+        """All that can be changed."""
+        return [*self.contents, *self.arguments, *self.variables]
+
+    @property
+    def for_good(self) -> Holder | None:
+        """The first that cannot be put back, if there is one."""
+        return next((holder for holder in self.holders if holder.is_for_good), None)
 
     def drawn(self) -> list[str]:
         """The generators from which numbers have been drawn since."""
@@ -256,7 +319,7 @@ class PythonState:
             for name in [name for name in vars(child) if name not in table]:
                 del vars(child)[name]
             vars(child).update(table)
-        for _, _, holder in self.contents:
+        for holder in self.holders:
             holder.put_back()
         for child, tables in self.tables.items():
             for name, content in (*tables.items(), (_UNSAVED, self._unsaved[child])):

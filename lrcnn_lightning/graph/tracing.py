@@ -29,6 +29,7 @@ from lrcnn_lightning.graph.grad_mode import GradMode
 from lrcnn_lightning.graph.hooks import recorded_hooks
 from lrcnn_lightning.graph.leaks import Leaks
 from lrcnn_lightning.graph.live import LiveTensor, LiveTensors, stand_in
+from lrcnn_lightning.graph.marks import copy_marks, refuse_marks
 from lrcnn_lightning.graph.observation import Observation
 from lrcnn_lightning.graph.recorder import forget, record_attribute, recorded, recorded_graph, root
 from lrcnn_lightning.graph.structure import Structure, refuse_unknown, take_apart
@@ -95,13 +96,17 @@ class Trace:
 
         Other arguments are as given, and containers of any kind stay outside of the trace.
         """
+        marks = []
+        for tensor, leaf in zip(tensors, (leaf for leaf in self._arguments if isinstance(leaf, Tensor)), strict=True):
+            self._leaks.note_of_data(tensor)
+            marks.append((tensor, copy_marks(leaf, tensor)))
         remaining = iter(tensors)
         filled = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self._arguments]
         args, kwargs = self._nesting.put_together(filled)
         self.observation.recorder = root()
         with (
             contextlib.redirect_stderr(self._stderr),
-            self.observation.observed(),
+            self.observation.observed((args, kwargs)),
             balanced(self.module),
             recorded_hooks(self.module),
             self._paths_noted(),
@@ -112,6 +117,7 @@ class Trace:
             returned = self.module(*args, **kwargs)
         self.leaves, self.structure = take_apart(returned)
         refuse_unknown(self.leaves, "it returns")
+        refuse_marks(self.leaves, marks)
         self.leaves += [*self.observation.written, *self.observation.memos]
         self.memos = len(self.observation.memos)
         return [self.live.replaced(leaf) for leaf in self.leaves if isinstance(leaf, Tensor)]
@@ -208,9 +214,12 @@ class _Watch(TorchFunctionMode):
             function = torch.Tensor.detach  # the same memory, and like an operation it is recorded
         elif function == _SET_DATA:
             return _set_data(*args)
+        of_data = self._leaks.depends_on_data((args, kwargs))
         result = function(*args, **kwargs)
         for item in result if isinstance(result, (tuple, list)) else (result,):
             self._leaks.note(item)
+            if of_data:
+                self._leaks.note_of_data(item)
         return result
 
 
