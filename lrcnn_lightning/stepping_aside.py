@@ -23,13 +23,17 @@ def steps_aside() -> bool:
     A compiler, an exporter or a tracer is to see the network, not what rows make of it. Transforms of ``torch.func``
     and forward-mode differentiation have tensors of their own, for which segments have no rules.
     """
-    if is_rehearsed() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_rehearsed():
+        return True
+    compiling = torch.compiler.is_compiling()
+    if compiling and not is_rehearsed_elsewhere():  # asked first: the compiler of PyTorch 2.6 does not read on
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     if is_rehearsed_elsewhere():  # which sets the same flags, for all threads
         return False
     return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
+        torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
         or get_proxy_mode() is not None
         or _is_traced()

@@ -11,6 +11,7 @@ import itertools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -510,7 +511,7 @@ class Adam(Task):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.02, amsgrad=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=8)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=12)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -560,21 +561,26 @@ def test_evaluation_before_training(index: int, inference_mode: bool) -> None:
 # A step that is broken off
 
 
+PROGRESS = SimpleNamespace(where="", count=0)
+"""Where the step is to be broken off, and how often it was there; a capture that fails takes back what modules hold."""
+
+
 class BrokenOff(Task):
     """Is interrupted once, at some point of a step."""
 
     def __init__(self, where: str, error: type[BaseException]) -> None:
         super().__init__()
-        self.where, self.error, self.count = where, error, 0
+        PROGRESS.where, PROGRESS.count = where, 0
+        self.error = error
         self.body.append(Interrupt(self))
         self.head.weight.register_hook(self.on_head)
         self.body[0].weight.register_hook(self.on_rows)
 
     def strike(self, where: str) -> None:
-        if self.where == where:
-            self.count += 1
-            if self.count == 3:
-                self.where = "past"
+        if PROGRESS.where == where:
+            PROGRESS.count += 1
+            if PROGRESS.count == 3:
+                PROGRESS.where = "past"
                 raise self.error("broken off")
 
     def on_head(self, _: Tensor) -> None:
@@ -602,11 +608,11 @@ class InTheRows(TorchDispatchMode):
             "in the rows": aten.convolution.default,
             "in the rows of the backward pass": aten.convolution_backward.default,
         }
-        if func is wanted.get(self.module.where) and type(args[0]) is Tensor:
+        if func is wanted.get(PROGRESS.where) and type(args[0]) is Tensor:
             self.calls += 1
             if self.calls == 5:
-                self.module.count = 2
-                self.module.strike(self.module.where)
+                PROGRESS.count = 2
+                self.module.strike(PROGRESS.where)
         return func(*args, **(kwargs or {}))
 
 
@@ -619,8 +625,8 @@ class Interrupt(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         owner = self.owner[0]
-        if owner.where == "in the capture":
-            owner.count = 2
+        if PROGRESS.where == "in the capture":
+            PROGRESS.count = 2
             owner.strike("in the capture")
         return maps
 
@@ -650,7 +656,7 @@ def test_a_step_that_is_broken_off_leaves_the_module_clean(where: str, error: ty
     # Lightning ends the process when the user interrupts it.
     with pytest.raises(SystemExit if error is KeyboardInterrupt else error), InTheRows(module):
         trainer.fit(module, loader(), loader(4))
-    assert module.where == "past", "the step was not broken off"
+    assert PROGRESS.where == "past", "the step was not broken off"
     assert patched(module) == []
     assert {name: set(vars(child)) for name, child in module.named_children()} == before
     assert {name: [len(getattr(child, table)) for table in HOOKS] for name, child in module.named_modules()} == hooks

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lrcnn_lightning.errors import CaptureError
-from lrcnn_lightning.graph.state import MOST, PLAIN, contents_of, fields_of, is_array, is_iterator
+from lrcnn_lightning.graph.state import MOST, PLAIN, contents_of, fields_of, is_array, is_iterator, is_of_others
 
 __all__ = ["Alike", "Guard", "Guards", "compared"]
 
@@ -129,7 +129,7 @@ class _Comparison:
             return self._all(getattr(value, field.name) for field in dataclasses.fields(value))
         if is_iterator(value):
             raise CaptureError("an iterator, which goes on with each call")
-        fields = fields_of(value)
+        fields = None if callable(value) and is_of_others(value) else fields_of(value)
         return self._itself(value) if fields is None else self.of(fields)
 
     def _all(self, values: Iterable[Any]) -> tuple[Any, ...]:

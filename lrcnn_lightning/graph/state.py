@@ -30,6 +30,7 @@ __all__ = [
     "is_array",
     "is_iterator",
     "is_machinery",
+    "is_of_others",
     "random_states",
     "same_items",
     "set_random_states",
@@ -68,6 +69,11 @@ def is_iterator(value: object) -> bool:
 # ------------------------------------------------------------------------------------------- what can be changed
 
 
+def is_of_others(value: object) -> bool:
+    """Whether something belongs to PyTorch, Lightning or this package, and is no module, nor derived by the user."""
+    return not isinstance(value, nn.Module) and type(value).__module__.partition(".")[0] in _OTHERS
+
+
 def fields_of(value: Any) -> dict[str, Any] | None:
     """The attributes of an ordinary object, those in slots among them; None for what is no such object.
 
@@ -75,8 +81,6 @@ def fields_of(value: Any) -> dict[str, Any] | None:
     """
     kind = type(value)
     if isinstance(value, (*_CLOSED, *PLAIN)):
-        return None
-    if not isinstance(value, nn.Module) and kind.__module__.partition(".")[0] in _OTHERS:
         return None
     slots = [name for each in kind.__mro__ for name in _slots(each)]
     if not slots and not hasattr(value, "__dict__"):
@@ -154,7 +158,7 @@ _KINDS = (
         lambda rng: pickle.dumps(rng.get_state(legacy=False)),
         lambda rng, content: rng.set_state(pickle.loads(content)),
     ),
-    _Kind(lambda value: fields_of(value) is not None, fields_of, _set_fields),
+    _Kind(lambda value: not is_of_others(value) and fields_of(value) is not None, fields_of, _set_fields),
 )
 """The first that fits is it; containers come first."""
 _ITERATOR = _Kind(is_iterator, lambda _: None, lambda _, __: None)
