@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from lrcnn_lightning.graph import Ref, dense_strides, map_refs
 from lrcnn_lightning.graph.switches import entered
@@ -28,6 +29,14 @@ __all__ = ["Footprint", "Footprints"]
 
 _LOW, _HIGH = 4, 12
 """The heights of rows that are tried."""
+
+
+_EVERYWHERE: dict[Any, Trial | None] = {}
+"""Trials of PyTorch's own operations by their signatures. They are alike in every graph, and graphs of one network have
+many in common: in another mode, at another size, for training and for evaluation.
+"""
+_MOST = 50_000
+"""Trials that are remembered."""
 
 
 class Footprint(NamedTuple):
@@ -246,12 +255,17 @@ class Footprints:
         operands: Mapping[int, Operand],
     ) -> Trial | None:
         signature = self._signature(position, key, operands)
-        if signature not in self._trials:
+        known = self._trials
+        if isinstance(self.graph.nodes[position].op, OpOverload) and signature[0] != position:
+            signature, known = (*signature, self.graph.autocast, self.machine.caching), _EVERYWHERE
+        if signature not in known:
+            if len(known) >= _MOST:
+                known.clear()
             try:
-                self._trials[signature] = tried(call, operands, self.graph.autocast, self.machine.caching)
+                known[signature] = tried(call, operands, self.graph.autocast, self.machine.caching)
             except Exception:  # some operations have no backward pass without data: taken to save their inputs
-                self._trials[signature] = None
-        return self._trials[signature]
+                known[signature] = None
+        return known[signature]
 
     def _signature(self, position: int, key: Any, operands: Mapping[int, Operand]) -> Any:
         """Equal for trials that are alike."""
