@@ -15,7 +15,7 @@ from torch import nn
 import lrcnn_lightning
 from lrcnn_lightning import PlanError
 from lrcnn_lightning.config import RowConfig
-from lrcnn_lightning.models import resnet50, unet, vgg16
+from lrcnn_lightning.models import resnet18, resnet50, unet, vgg16
 from lrcnn_lightning.monitor import measure_fake
 from lrcnn_lightning.plan.keeping import KEEPINGS
 from lrcnn_lightning.plan.machine import Machine
@@ -65,7 +65,7 @@ def quick(names: Sequence[str]) -> list[Any]:
     return [pytest.param(name, marks=[] if name in names else [pytest.mark.slow]) for name in everything]
 
 
-@pytest.mark.parametrize("name", quick(["vgg16", "UNet", "UNet3d", "DynUNet", "AttentionUnet", "DenseNet"]))
+@pytest.mark.parametrize("name", quick(["vgg16", "UNet", "UNet3d", "DenseNet"]))
 def test_predicted_and_measured_peaks_agree(name: str) -> None:
     module, shape = zoo()[name]
     image = torch.empty(shape, device="meta")
@@ -93,7 +93,7 @@ def grid(graph: RowGraph, leaves: frozenset[int]) -> list[Plan]:
     return [build_plan(graph, leaves, True, Choices(mode, r, s, 1, keep)) for mode, r, s, keep in table]
 
 
-@pytest.mark.parametrize("name", quick(["vgg16", "DynUNet", "DenseNet"]))
+@pytest.mark.parametrize("name", quick(["vgg16", "DynUNet"]))
 def test_no_plan_of_a_grid_is_better(name: str) -> None:
     graph, leaves = situation(*zoo()[name])
     plans = grid(graph, leaves)
@@ -153,7 +153,7 @@ def test_the_frontier_is_monotone() -> None:
 
 
 def test_a_budget_that_nothing_fits_says_what_is_in_the_way() -> None:
-    module, shape = zoo()["resnet50"]
+    module, shape = resnet18(), (1, 3, 256, 256)
     with pytest.raises(
         PlanError, match=r"least peak .* was found is .*At that peak live: \w+.* of layer\d.*What helps"
     ):
