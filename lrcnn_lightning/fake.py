@@ -7,13 +7,16 @@ tensors with a mark. This file is the only one that knows; the others ask it.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode, maybe_get_fake_mode, unset_fake_temporarily
 from torch._subclasses.fake_tensor import is_fake as _is_fake
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_map_only
 
 __all__ = [
     "FakeTensorMode",
@@ -66,3 +69,31 @@ def innermost_mode() -> FakeTensorMode | None:
     """The mode that was entered last and not left, where several may be nested."""
     modes = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, FakeTensorMode)]
     return modes[-1] if modes else None
+
+
+class OnlyFakes(TorchFunctionMode):
+    """Whatever takes a tensor with data is given one without data in its place, for the same one always the same.
+
+    A module's registered tensors can be exchanged before it runs; those that it has in lists, objects or closures are
+    seen only here. Where one without data is among the operands nothing would be computed anyway, but ``mul_(0.9)`` of
+    such a tensor alone would be done, and a parameter would be given a gradient without data.
+    """
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self._mode = mode
+        self._fakes: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            if is_fake(tensor):
+                return tensor
+            if id(tensor) not in self._fakes:
+                with _disable_current_modes(), torch.inference_mode(False):
+                    fake: Tensor = self._mode.from_tensor(tensor.detach(), static_shapes=True)
+                    self._fakes[id(tensor)] = tensor, fake.requires_grad_(tensor.requires_grad)
+            return self._fakes[id(tensor)][1]

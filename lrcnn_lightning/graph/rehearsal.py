@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lrcnn_lightning.errors import CaptureError, is_out_of_memory
-from lrcnn_lightning.fake import current_mode, is_fake, new_mode
+from lrcnn_lightning.fake import OnlyFakes, current_mode, is_fake, new_mode
 from lrcnn_lightning.graph.leaks import Leaks
 from lrcnn_lightning.graph.state import PythonState
 from lrcnn_lightning.graph.structure import take_apart
@@ -64,7 +64,7 @@ def own_error(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
         with torch.inference_mode(False), torch.no_grad():
             held = {name: fake(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
             given, named = structure.put_together([fake(leaf) for leaf in leaves])
-            with mode, fake_run(module, (given, named)):
+            with mode, fake_run(module, (given, named)), OnlyFakes(mode):
                 torch.func.functional_call(module, held, tuple(given), dict(named))
     except CaptureError:
         return None

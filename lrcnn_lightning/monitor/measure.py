@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lrcnn_lightning.errors import InputError
-from lrcnn_lightning.fake import FakeTensorMode, is_fake, mode_of, new_mode
+from lrcnn_lightning.fake import FakeTensorMode, OnlyFakes, is_fake, mode_of, new_mode
 from lrcnn_lightning.monitor.meter import MemoryMeter, StepMemory
 
 __all__ = ["measure_fake", "measure_module", "measure_step", "measured_by", "without_collector"]
@@ -160,32 +159,8 @@ def measure_fake(module: nn.Module, *inputs: Any, grad: bool = True, record: boo
         return fakes[id(leaf)]
 
     fake_inputs, fake_kwargs = tree_map(fake, (inputs, kwargs))
-    with _faked(module, mode), mode, _RealGradients():
+    with _faked(module, mode), mode, OnlyFakes(mode):
         return measure_module(module, *fake_inputs, grad=grad, record=record, **fake_kwargs)
-
-
-class _RealGradients(TorchFunctionMode):
-    """Puts the gradients of real parameters back: those that a module has in lists, objects or closures are reached as
-    they are, and would be given gradients without data.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._before: dict[int, tuple[Tensor, Tensor | None]] = {}
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and id(leaf) not in self._before:
-                with torch._C.DisableTorchFunction():
-                    if leaf.requires_grad and leaf.is_leaf and not is_fake(leaf):
-                        self._before[id(leaf)] = leaf, leaf.grad
-        return function(*args, **kwargs)
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        for tensor, gradient in self._before.values():
-            tensor.grad = gradient
 
 
 @contextmanager
