@@ -310,16 +310,22 @@ class Listed(nn.Module):
         super().__init__()
         self.convolution = nn.Conv2d(1, 2, 3, padding=1)
         self.scales = [nn.Parameter(torch.ones((), dtype=torch.float64))]
+        self.register_buffer("mean", torch.ones(()))
+        self.means = (self.mean,)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.convolution(x.reshape(2, 1, 6, 1)) * self.scales[0]
+        self.means[0].mul_(0.9)
+        return self.convolution(x.reshape(2, 1, 6, 1)) * self.scales[0] + self.means[0]
 
 
 def test_what_it_would_take_plainly_is_measured_without_a_trace() -> None:
-    """The warning names the memory of a plain call; measuring it left a gradient without data on the parameter."""
+    """The warning names the memory of a plain call; measuring it left a gradient without data on the parameter, and
+    changed the buffer once more.
+    """
     torch.manual_seed(0)
-    net = Listed().double()
     x = torch.randn(2, 6, dtype=torch.float64)
+    net = Listed()
+    net.convolution.double()
     ours = copy.deepcopy(net)
     lrcnn_lightning.rowwise(ours, on_unsupported="warn")
     with pytest.warns(UserWarning, match="no input has a spatial axis"):
@@ -329,3 +335,4 @@ def test_what_it_would_take_plainly_is_measured_without_a_trace() -> None:
         net(x).square().sum().backward()
     assert net.scales[0].grad is not None and ours.scales[0].grad is not None
     torch.testing.assert_close(ours.scales[0].grad, net.scales[0].grad, rtol=1e-10, atol=1e-10)
+    assert ours.mean.item() == net.mean.item() == pytest.approx(0.81)

@@ -6,6 +6,7 @@ run: a dropout behind an RReLU had another mask than in plain training.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import lrcnn_lightning
+from lrcnn_lightning.graph import dense_strides
 from lrcnn_lightning.rules import Role, RowGraph
 from tests.networks import Call
 from tests.oracle import difference, differences, observe, row_graph, twin
@@ -190,3 +192,47 @@ def test_masks_wait_for_what_reads_the_data_alone(kind: str) -> None:
 def test_what_draws_nothing_lets_nobody_wait(silent: nn.Module) -> None:
     net = nn.Sequential(nn.Conv2d(3, C, 3, padding=1), silent, nn.Dropout(0.3), nn.Conv2d(C, C, 1))
     assert drawn(row_graph(net, [IMAGES.float()])) == [Role.PROLOGUE]
+
+
+# ----------------------------------------------------------------------------------------------------- layouts
+
+
+LAYOUTS: dict[str, Tensor] = {
+    "contiguous": IMAGES,
+    "channels_last": IMAGES.contiguous(memory_format=torch.channels_last),
+    "transposed": IMAGES.transpose(2, 3).contiguous().transpose(2, 3),
+    "rows first": IMAGES.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+    "expanded": IMAGES[:, :1].expand(2, 3, 24, 20),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["dropout", "rrelu", "rrelu, then dropout", "convolution, rrelu, dropout"])
+def test_layouts(kind: str, layout: str) -> None:
+    """Numbers go to elements as these lie in memory. RReLU makes a contiguous map of any, and its rule for tensors
+    without data says otherwise; the channels of an expanded map were taken to lie innermost.
+    """
+    layers: dict[str, list[nn.Module]] = {
+        "dropout": [nn.Dropout(0.4)],
+        "rrelu": [nn.RReLU()],
+        "rrelu, then dropout": [nn.RReLU(), nn.Dropout(0.4)],
+        "convolution, rrelu, dropout": [nn.Conv2d(3, 3, 1), nn.RReLU(), nn.Dropout(0.4)],
+    }
+    torch.manual_seed(0)
+    verify(nn.Sequential(*layers[kind], nn.Conv2d(3, 2, 1)).double(), LAYOUTS[layout], mode="two_phase", rows=3)
+
+
+def test_a_new_tensor_lies_as_pytorch_lays_it() -> None:
+    choose = random.Random(0)
+    for _ in range(2000):
+        shape = [choose.randint(1, 4) for _ in range(choose.randint(1, 5))]
+        order = choose.sample(range(len(shape)), len(shape))
+        tensor = torch.empty([shape[d] for d in order]).permute([order.index(d) for d in range(len(shape))])
+        if choose.random() < 0.5:
+            tensor = tensor.narrow(choose.randrange(len(shape)), 0, 1).expand(shape)
+        if choose.random() < 0.3:
+            tensor = tensor[..., ::2]
+        want, got = torch.empty_like(tensor).stride(), dense_strides(tuple(tensor.shape), tensor.stride())
+        assert [w for w, size in zip(want, tensor.shape, strict=True) if size > 1] == [
+            g for g, size in zip(got, tensor.shape, strict=True) if size > 1
+        ], f"{tuple(tensor.shape)}, {tensor.stride()}"

@@ -225,10 +225,32 @@ def map_refs(tree: Any, replace: Callable[[Ref], Any]) -> Any:
 
 
 def dense_strides(shape: Sequence[int], order: Sequence[int] | None = None) -> tuple[int, ...]:
-    """Strides without gaps of a shape, its dimensions in the order of other strides; contiguous without these."""
-    dimensions = sorted(range(len(shape)), key=lambda d: (-order[d], d) if order else (0, d))
+    """Strides without gaps of a shape, its dimensions in the order of other strides; contiguous without these.
+
+    The order is that in which PyTorch lays out a new tensor like another one (``infer_dense_strides``): an expanded
+    dimension, of stride 0, stays where it is.
+    """
+    inner_first = list(reversed(range(len(shape))))
+    if order is not None:
+        for number in range(1, len(shape)):
+            place = number
+            for before in reversed(range(number)):
+                outer, inner = inner_first[before], inner_first[place]
+                if _comes_after(outer, inner, shape, order):
+                    inner_first[before], inner_first[place] = inner, outer
+                    place = before
+                elif 0 < order[outer] < order[inner]:
+                    break
     strides, step = [0] * len(shape), 1
-    for dimension in reversed(dimensions):
+    for dimension in inner_first:
         strides[dimension] = step
         step *= max(shape[dimension], 1)
     return tuple(strides)
+
+
+def _comes_after(dimension: int, other: int, shape: Sequence[int], order: Sequence[int]) -> bool:
+    """Whether a dimension that was taken to be further inside than another is further outside."""
+    mine, others = order[dimension], order[other]
+    if 0 in (mine, others):
+        return False
+    return mine > others or (mine == others and shape[dimension] > shape[other])

@@ -189,6 +189,12 @@ _VIEWS = {_DATA, *map(_getter, ("T", "mT", "H", "mH", "real", "imag"))}
 """Properties that are tensors themselves; of the others a live tensor is asked itself."""
 
 
+_CONTIGUOUS = {torch.nn.functional.rrelu, torch.rrelu}
+"""Functions whose kernel on the CPU makes a contiguous result in training, where the rule for tensors without data says
+the layout of the input. Random numbers that are drawn for what comes after go to elements by their layout.
+"""
+
+
 class _Watch(TorchFunctionMode):
     """Sees every operation that the code calls, before it is recorded."""
 
@@ -216,6 +222,8 @@ class _Watch(TorchFunctionMode):
             return _set_data(*args)
         of_data = self._leaks.depends_on_data((args, kwargs))
         result = function(*args, **kwargs)
+        if function in _CONTIGUOUS and kwargs.get("training", (*args, False, False, False)[3]):
+            result = result.contiguous() if result is not args[0] and result.device.type == "cpu" else result
         for item in result if isinstance(result, (tuple, list)) else (result,):
             self._leaks.note(item)
             if of_data:
