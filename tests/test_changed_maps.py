@@ -189,3 +189,69 @@ def test_parts_of_maps(options: dict[str, Any]) -> None:
     first = ours(IMAGES)[0]
     first.mul_(2)
     first.sum().backward()
+
+
+# ------------------------------------------------------------------------------------------- views of one another
+
+
+class ViewsOfOne(nn.Module):
+    """Returns a map, views of it, and keeps one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.state: Tensor | None = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.b(torch.relu(self.a(x)))
+        self.state = y.detach()
+        return y, y[:, :2], y.permute(0, 2, 3, 1)[..., 3:]
+
+
+class PartOfSpectrum(nn.Module):
+    """Returns a part of a map that nobody else has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.fft2(self.a(x)).real[:, 1:, :, :3]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_views_of_one_another_share_their_memory(options: dict[str, Any]) -> None:
+    """Each had memory of its own: who changed one did not change the others, nor what the module had kept."""
+    torch.manual_seed(0)
+    net = ViewsOfOne().double()
+    changes: list[Callable[..., Any]] = [
+        lambda y, first, last: y.mul_(3),
+        lambda y, first, last: first.add_(1),
+        lambda y, first, last: last.mul_(2).add_(first.mean()),
+        lambda y, first, last: y.detach().zero_(),
+    ]
+    for change in changes:
+        seen = []
+        for each in (copy.deepcopy(net), lrcnn_lightning.rowwise(copy.deepcopy(net), **options)):
+            maps = each(IMAGES)
+            change(*maps)
+            sum((m.square().sum() * (k + 1) for k, m in enumerate(maps)), torch.zeros(())).backward()
+            assert each.state is not None
+            seen.append([*(m.detach() for m in maps), each.state, *(p.grad for p in each.parameters())])
+        for want, got in zip(*seen, strict=True):
+            assert difference(got, want) < 1e-9
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_returned_part_of_a_map_may_be_changed(options: dict[str, Any]) -> None:
+    """Autograd forbade it, since the view was made inside of a function of its own."""
+    torch.manual_seed(0)
+    net = PartOfSpectrum().double()
+    seen = []
+    for each in (net, lrcnn_lightning.rowwise(copy.deepcopy(net), **options)):
+        y = each(IMAGES)
+        y.mul_(2)
+        y.square().sum().backward()
+        seen.append([y.detach(), *(p.grad for p in each.parameters())])
+    for want, got in zip(*seen, strict=True):
+        assert difference(got, want) < 1e-9

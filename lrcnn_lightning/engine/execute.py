@@ -13,8 +13,9 @@ from lrcnn_lightning.engine.segment import CHANGED_MAP, run_segment
 from lrcnn_lightning.engine.slabs import Prepared
 from lrcnn_lightning.engine.undo import Before, Undone, draws_numbers, written_buffers
 from lrcnn_lightning.errors import is_out_of_memory
-from lrcnn_lightning.graph import Graph, Value, ValueKind, Write, map_refs, written_argument
+from lrcnn_lightning.graph import Graph, Node, Value, ValueKind, Write, map_refs, views_of, written_argument
 from lrcnn_lightning.plan.plan import Plan
+from lrcnn_lightning.rules import RowGraph
 
 __all__ = ["Execution", "live_tensor", "requires_grad_leaves"]
 
@@ -67,6 +68,7 @@ class Execution:
         self._copied = written_buffers(plan.graph)
         """Of what, with the random states, there are copies while the plan has not been executed to its end yet."""
         self._drops = plan.drops
+        self._views = _returned_views(plan.graph)
 
     def __call__(self, module: nn.Module, inputs: Sequence[Any]) -> Any:
         """Run the plan on the flat inputs of a call; returns what the module would return.
@@ -104,6 +106,8 @@ class Execution:
             store.update(
                 {i: store[i].clone() for i in graph.graph.output_values() if i in kept and i in graph.producer}
             )
+        for node in self._views:
+            store.update(zip(node.outputs, run_node(node, store), strict=True))
         leaves = map_refs(list(graph.graph.outputs), lambda ref: store[ref.index])
         returned = graph.graph.structure.size
         _write(module, graph.graph.writes, leaves[returned:])
@@ -121,6 +125,23 @@ class Execution:
         """Maps that are returned are copied once one was changed, so that what is kept of the next ones stays."""
         self._copies = self._copies or event == CHANGED_MAP
         self._tell(event)
+
+
+def _returned_views(graph: RowGraph) -> list[Node]:
+    """The nodes by which returned values are views of other returned ones, in order.
+
+    They are run once more on what is returned, so that, as in plain PyTorch, whoever changes one changes the other.
+    """
+    view = {index: node for node in graph.nodes for index, node in views_of(node).items()}
+    returned = set(graph.graph.output_values())
+    wanted: set[int] = set()
+    for index in returned & view.keys():
+        chain = [index]
+        while chain[-1] in view and (chain[-1] not in returned or chain[-1] == index):
+            chain.append(view[chain[-1]].inputs[0])
+        if chain[-1] in returned:
+            wanted.update(id(view[link]) for link in chain[:-1])
+    return [node for node in graph.nodes if id(node) in wanted]
 
 
 def _write(module: nn.Module, writes: Sequence[Write], leaves: list[Any]) -> None:

@@ -29,7 +29,7 @@ from lrcnn_lightning.engine.record import (
 )
 from lrcnn_lightning.engine.rows import Carries, RowLoop, run_node
 from lrcnn_lightning.errors import DoubleBackwardError
-from lrcnn_lightning.plan.program import BackwardRows, BackwardWhole, Free, FreeGradient, RunRows, Sweep
+from lrcnn_lightning.plan.program import BackwardRows, BackwardWhole, Free, FreeGradient, RunRows, SegmentProgram, Sweep
 from lrcnn_lightning.rules import Axes
 
 __all__ = ["CHANGED_MAP", "SECOND_DERIVATIVE", "run_segment"]
@@ -63,6 +63,7 @@ class _Segment(torch.autograd.Function):
         if program.backward:
             record.note(call, store)
         carries = run_forward(call, store)
+        store.update({index: _as_result(store[index], store, program) for index in program.outputs})
         outputs = tuple(store[index] for index in program.outputs)
         ctx.mark_non_differentiable(
             *(t for index, t in zip(program.outputs, outputs, strict=True) if index not in program.differentiable)
@@ -254,6 +255,18 @@ def _sources(ctx: Any, kept: dict[int, Any]) -> dict[int, Tensor] | None:
             return None
         sources[index] = tensor
     return sources
+
+
+def _as_result(tensor: Tensor, store: dict[int, Any], program: SegmentProgram) -> Tensor:
+    """An output as no view, which autograd would not allow to be changed in place.
+
+    It is copied where its memory is also that of something kept, since a change of it would not be noticed.
+    """
+    if not tensor._is_view():
+        return tensor
+    memory = tensor.untyped_storage()._cdata
+    others = (store[i] for i in (*program.kept, *program.inputs) if i in store and store[i] is not tensor)
+    return tensor.clone() if any(other.untyped_storage()._cdata == memory for other in others) else tensor.data
 
 
 def _copied(buffer: Tensor) -> Tensor:

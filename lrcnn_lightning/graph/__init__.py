@@ -27,7 +27,7 @@ from lrcnn_lightning.graph.rehearsal import fake_run, own_error
 from lrcnn_lightning.graph.structure import Structure, take_apart
 from lrcnn_lightning.graph.surroundings import ONE_AT_A_TIME, is_rehearsed, is_rehearsed_elsewhere
 from lrcnn_lightning.graph.synchronised import SYNC_BATCH_NORM, processes
-from lrcnn_lightning.graph.views import written_argument
+from lrcnn_lightning.graph.views import views_of, written_argument
 
 __all__ = [
     "CUMULATIVE",
@@ -65,5 +65,6 @@ __all__ = [
     "references",
     "take_apart",
     "under_autocast",
+    "views_of",
     "written_argument",
 ]
