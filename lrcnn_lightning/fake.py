@@ -46,7 +46,7 @@ def mode_of(tensor: Tensor) -> FakeTensorMode | None:
 @cache
 def names_of_fakes() -> frozenset[str]:
     """The attributes that tensors without data have for PyTorch's own use."""
-    with with_data():
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
         fake = new_mode().from_tensor(torch.empty(1))
     annotated = (name for kind in type(fake).__mro__ for name in getattr(kind, "__annotations__", ()))
     return frozenset((*vars(fake), *annotated))
