@@ -74,7 +74,11 @@ class Captures:
         return graph
 
     def _key(self, inputs: Sequence[Any], structure: Structure) -> tuple[Any, ...]:
-        tensors = tuple(_metadata(leaf) for leaf in inputs if isinstance(leaf, torch.Tensor))
+        tensors = tuple(
+            (_metadata(leaf), *sorted(marks_of(leaf).items(), key=repr))
+            for leaf in inputs
+            if isinstance(leaf, torch.Tensor)
+        )
         others = tuple(_metadata(leaf) for leaf in inputs if not isinstance(leaf, torch.Tensor))
         return (tensors, others, structure, under_autocast(device_of(inputs)), processes(), *_parts(self.module))
 
@@ -112,8 +116,7 @@ def device_of(inputs: Iterable[Any]) -> torch.device:
 def _metadata(leaf: Any) -> Any:
     """What capture depends on, of one argument."""
     if isinstance(leaf, torch.Tensor):
-        marks = tuple(sorted(marks_of(leaf).items(), key=repr))
-        return tuple(leaf.shape), leaf.dtype, leaf.device, _is_channels_last(leaf), marks
+        return tuple(leaf.shape), leaf.dtype, leaf.device, _is_channels_last(leaf)
     try:
         hash(leaf)
     except TypeError:

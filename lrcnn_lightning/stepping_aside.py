@@ -25,14 +25,12 @@ def steps_aside() -> bool:
     """
     if is_rehearsed():
         return True
-    compiling = torch.compiler.is_compiling()
-    if compiling and not is_rehearsed_elsewhere():  # asked first: the compiler of PyTorch 2.6 does not read on
+    elsewhere = is_rehearsed_elsewhere()  # which sets flags that are read below, for all threads
+    if not elsewhere and torch.compiler.is_compiling():  # asked first: the compiler of PyTorch 2.6 does not read on
         return True
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    if is_rehearsed_elsewhere():  # which sets the same flags, for all threads
-        return False
-    return (
+    return not elsewhere and (
         torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
         or get_proxy_mode() is not None
