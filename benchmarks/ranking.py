@@ -22,8 +22,8 @@ from torch import nn
 
 from lrcnn_lightning.config import RowConfig, format_count
 from lrcnn_lightning.engine.execute import Execution
-from lrcnn_lightning.plan.machine import Machine
-from lrcnn_lightning.plan.plan import Choices, build_plan
+from lrcnn_lightning.planning.machine import Machine
+from lrcnn_lightning.planning.plan import Choices, build_plan
 from lrcnn_lightning.rowwise import RowwiseForward
 
 

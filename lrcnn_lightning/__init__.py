@@ -22,8 +22,8 @@ from lrcnn_lightning.errors import (
     RowwiseError,
 )
 from lrcnn_lightning.graph import elementwise
-from lrcnn_lightning.plan.plan import Plan
-from lrcnn_lightning.rowwise import frontier, plan, restore, rowwise
+from lrcnn_lightning.planning.plan import Plan
+from lrcnn_lightning.rowwise import frontier, plan, plan_of, restore, rowwise
 
 if TYPE_CHECKING:
     from lrcnn_lightning.monitor import ActivationMemory
@@ -50,6 +50,7 @@ __all__ = [
     "elementwise",
     "frontier",
     "plan",
+    "plan_of",
     "restore",
     "rowwise",
 ]

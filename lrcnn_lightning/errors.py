@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lrcnn_lightning.plan.plan import Plan
+    from lrcnn_lightning.planning.plan import Plan
 
 __all__ = [
     "BudgetError",

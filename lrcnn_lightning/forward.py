@@ -48,11 +48,11 @@ from lrcnn_lightning.messages import (
     refused,
     to_report,
 )
-from lrcnn_lightning.plan.autocast import under_autocast_of
-from lrcnn_lightning.plan.machine import Machine
-from lrcnn_lightning.plan.plan import Plan
-from lrcnn_lightning.plan.saved import SavedPlan
-from lrcnn_lightning.plan.search import choose_plan
+from lrcnn_lightning.planning.autocast import under_autocast_of
+from lrcnn_lightning.planning.machine import Machine
+from lrcnn_lightning.planning.plan import Plan
+from lrcnn_lightning.planning.saved import SavedPlan
+from lrcnn_lightning.planning.search import choose_plan
 from lrcnn_lightning.rules import RowGraph, lower
 from lrcnn_lightning.stand_in import StandIn
 from lrcnn_lightning.stepping_aside import steps_aside

@@ -13,7 +13,7 @@ from torch import nn
 from lrcnn_lightning.config import RowConfig, format_count, format_size
 from lrcnn_lightning.engine.segment import CHANGED_MAP, SECOND_DERIVATIVE
 from lrcnn_lightning.graph import HookCall
-from lrcnn_lightning.plan.plan import Plan
+from lrcnn_lightning.planning.plan import Plan
 from lrcnn_lightning.rules import RowGraph, find_factory
 
 __all__ = [

@@ -17,7 +17,7 @@ from torch import nn
 
 from lrcnn_lightning.config import RowConfig
 from lrcnn_lightning.errors import ConfigError
-from lrcnn_lightning.plan.search import usable_bytes
+from lrcnn_lightning.planning.search import usable_bytes
 from lrcnn_lightning.session import RowwiseSession
 from lrcnn_lightning.steps import OPTIONS, RowwiseSteps, refuse_unnamed
 

@@ -19,12 +19,12 @@ from lrcnn_lightning.errors import CaptureError, ConfigError, InputError, Rowwis
 from lrcnn_lightning.fake import new_mode
 from lrcnn_lightning.forward import RowwiseForward
 from lrcnn_lightning.graph import take_apart
-from lrcnn_lightning.plan.frontier import Frontier, find_frontier
-from lrcnn_lightning.plan.plan import Plan
-from lrcnn_lightning.plan.saved import SavedPlan, load_plan
+from lrcnn_lightning.planning.frontier import Frontier, find_frontier
+from lrcnn_lightning.planning.plan import Plan
+from lrcnn_lightning.planning.saved import SavedPlan, load_plan
 from lrcnn_lightning.selection import select_modules
 
-__all__ = ["RowwiseForward", "frontier", "plan", "restore", "rowwise"]
+__all__ = ["RowwiseForward", "frontier", "plan", "plan_of", "restore", "rowwise"]
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
@@ -95,6 +95,24 @@ def restore(module: ModuleType) -> ModuleType:
             if patched.previous is not None:
                 child.__dict__["forward"] = patched.previous
     return module
+
+
+def plan_of(module: nn.Module) -> Plan | None:
+    """The plan by which a row-wise module runs: of its latest call with a backward pass, or else of its latest call.
+
+    None before its first call, and where it does not run row by row (see ``on_unsupported``); its parts, which then do,
+    have plans of their own. Under a strategy a module is row-wise for the time of a step; ``strategy.plans`` has the
+    plans of all its modules at any time.
+
+    Raises `ConfigError` for a module that is not row-wise.
+    """
+    forward = vars(module).get("forward") if isinstance(module, nn.Module) else None
+    if not isinstance(forward, RowwiseForward):
+        raise ConfigError(
+            f"plan_of() takes a row-wise module, and this {type(module).__name__} is none; call rowwise(module) "
+            "before, or lrcnn_lightning.plan(module, example) for the plan that it would have"
+        )
+    return forward.training_plan or forward.plan
 
 
 def plan(module: nn.Module, example: Any, **options: Any) -> Plan:

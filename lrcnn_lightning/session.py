@@ -16,8 +16,8 @@ from lrcnn_lightning.config import RowConfig
 from lrcnn_lightning.errors import ConfigError
 from lrcnn_lightning.forward import RowwiseForward
 from lrcnn_lightning.outside import OutsideCalls
-from lrcnn_lightning.plan.plan import Plan
-from lrcnn_lightning.plan.saved import SavedPlan
+from lrcnn_lightning.planning.plan import Plan
+from lrcnn_lightning.planning.saved import SavedPlan
 from lrcnn_lightning.selection import has_convolution, has_direct_layers, has_own_forward, select_modules
 
 __all__ = ["RowwiseSession", "has_convolution", "select_modules"]

@@ -24,9 +24,9 @@ from torch import nn
 from lrcnn_lightning.config import Mode, OnUnsupported, RowConfig, did_you_mean
 from lrcnn_lightning.errors import ConfigError
 from lrcnn_lightning.messages import needless_rows, never_called, path, summary
-from lrcnn_lightning.plan.plan import Plan
-from lrcnn_lightning.plan.saved import load_plans
-from lrcnn_lightning.plan.search import usable_bytes
+from lrcnn_lightning.planning.plan import Plan
+from lrcnn_lightning.planning.saved import load_plans
+from lrcnn_lightning.planning.search import usable_bytes
 from lrcnn_lightning.session import RowwiseSession
 
 if TYPE_CHECKING:

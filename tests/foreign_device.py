@@ -25,7 +25,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
 from lrcnn_lightning.graph import capture
-from lrcnn_lightning.plan.plan import Choices, build_plan
+from lrcnn_lightning.planning.plan import Choices, build_plan
 from lrcnn_lightning.rules import lower
 from tests import test_rules
 

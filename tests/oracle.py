@@ -22,8 +22,8 @@ from lrcnn_lightning.checking.subject import twin
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
 from lrcnn_lightning.engine.rows import run_node
 from lrcnn_lightning.graph import Graph, Ref, ValueKind, capture, map_refs
-from lrcnn_lightning.plan.keeping import Keeping
-from lrcnn_lightning.plan.plan import Choices, build_plan
+from lrcnn_lightning.planning.keeping import Keeping
+from lrcnn_lightning.planning.plan import Choices, build_plan
 from lrcnn_lightning.rules import Interval, Reduction, Role, RowGraph, RowRule, Tile, lower
 
 __all__ = ["RELATIVE", "assert_exact", "check_rules", "difference", "differences", "observe", "row_graph", "twin"]

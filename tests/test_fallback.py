@@ -22,6 +22,7 @@ from lrcnn_lightning.config import format_size
 from lrcnn_lightning.errors import BudgetError, InternalError, is_out_of_memory
 from lrcnn_lightning.forward import RowwiseForward
 from lrcnn_lightning.monitor import measure_fake
+from lrcnn_lightning.planning import search
 from tests.oracle import difference
 
 IMAGES = torch.randn(2, 3, 24, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -441,9 +442,6 @@ def test_a_fault_in_a_later_call_that_has_changed_something_is_raised(monkeypatc
 
 @pytest.fixture
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib
-
-    search = importlib.import_module("lrcnn_lightning.plan.search")
     monkeypatch.setattr(search, "usable_bytes", lambda device: 1000)
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import lrcnn_lightning
-from lrcnn_lightning.plan.frontier import Frontier, Point, _thinned, _words
-from lrcnn_lightning.plan.plan import Choices, Part
-from lrcnn_lightning.plan.residency import KEEP
+from lrcnn_lightning.planning.frontier import Frontier, Point, _thinned, _words
+from lrcnn_lightning.planning.plan import Choices, Part
+from lrcnn_lightning.planning.residency import KEEP
 
 
 def small() -> nn.Sequential:

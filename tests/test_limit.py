@@ -18,10 +18,10 @@ from lrcnn_lightning import PlanError, RowConfig
 from lrcnn_lightning.engine import maps
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
 from lrcnn_lightning.models import UNet, vgg16
-from lrcnn_lightning.plan.machine import CPU, MOST_ELEMENTS
-from lrcnn_lightning.plan.plan import Choices, Plan, build_plan
-from lrcnn_lightning.plan.saved import SavedPlan
-from lrcnn_lightning.plan.search import choose_plan
+from lrcnn_lightning.planning.machine import CPU, MOST_ELEMENTS
+from lrcnn_lightning.planning.plan import Choices, Plan, build_plan
+from lrcnn_lightning.planning.saved import SavedPlan
+from lrcnn_lightning.planning.search import choose_plan
 from tests.networks import Network, Recipe
 from tests.oracle import assert_exact, row_graph
 from tests.test_random_networks import COMMON, choices, recipes

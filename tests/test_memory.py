@@ -11,7 +11,7 @@ from torch import nn
 import lrcnn_lightning
 from lrcnn_lightning.models import resnet50, vgg16, vgg16_bn
 from lrcnn_lightning.monitor import measure_fake, measure_module
-from lrcnn_lightning.plan.plan import Choices, build_plan
+from lrcnn_lightning.planning.plan import Choices, build_plan
 from tests.oracle import requires_grad_leaves, row_graph
 
 # VGG-16's convolutions and global pooling; the measure runs on fake tensors, so the full width and size cost nothing.

@@ -17,12 +17,12 @@ from lrcnn_lightning import PlanError
 from lrcnn_lightning.config import RowConfig
 from lrcnn_lightning.models import resnet50, unet, vgg16
 from lrcnn_lightning.monitor import measure_fake
-from lrcnn_lightning.plan.keeping import KEEPINGS
-from lrcnn_lightning.plan.machine import Machine
-from lrcnn_lightning.plan.plan import Choices, Plan, build_plan, plain_plan
-from lrcnn_lightning.plan.price import exchanges
-from lrcnn_lightning.plan.residency import KEEP
-from lrcnn_lightning.plan.search import choose_plan, search_plans
+from lrcnn_lightning.planning.keeping import KEEPINGS
+from lrcnn_lightning.planning.machine import Machine
+from lrcnn_lightning.planning.plan import Choices, Plan, build_plan, plain_plan
+from lrcnn_lightning.planning.price import exchanges
+from lrcnn_lightning.planning.residency import KEEP
+from lrcnn_lightning.planning.search import choose_plan, search_plans
 from lrcnn_lightning.rules import RowGraph
 from tests.oracle import requires_grad_leaves, row_graph
 

@@ -16,12 +16,12 @@ import lrcnn_lightning
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
 from lrcnn_lightning.models import resnet50, unet
 from lrcnn_lightning.monitor import measure_step
-from lrcnn_lightning.plan import plan as planning
-from lrcnn_lightning.plan.keeping import KEEPINGS
-from lrcnn_lightning.plan.machine import Machine
-from lrcnn_lightning.plan.memo import Memo
-from lrcnn_lightning.plan.plan import Choices, Part, Plan, build_plan
-from lrcnn_lightning.plan.program import BackwardRows, RunRows
+from lrcnn_lightning.planning import plan as planning
+from lrcnn_lightning.planning.keeping import KEEPINGS
+from lrcnn_lightning.planning.machine import Machine
+from lrcnn_lightning.planning.memo import Memo
+from lrcnn_lightning.planning.plan import Choices, Part, Plan, build_plan
+from lrcnn_lightning.planning.program import BackwardRows, RunRows
 from tests.oracle import assert_exact, differences, observe, row_graph, twin
 
 

@@ -168,6 +168,20 @@ def test_plan_without_running() -> None:
     assert "forward" not in net.__dict__
 
 
+def test_the_plan_of_a_module() -> None:
+    """It is that of the latest training call; a validation in between does not hide it."""
+    net = lrcnn_lightning.rowwise(_net(), mode="overlap", rows=4)
+    assert lrcnn_lightning.plan_of(net) is None
+    net(IMAGES).sum().backward()
+    plan = lrcnn_lightning.plan_of(net)
+    assert plan is not None and plan.training and plan.mode == "overlap" and plan.rows == 4
+    with torch.no_grad():
+        net(IMAGES)
+    assert lrcnn_lightning.plan_of(net) is plan
+    with pytest.raises(ConfigError, match=r"plan_of.*Sequential.*rowwise\(module\)"):
+        lrcnn_lightning.plan_of(lrcnn_lightning.restore(net))
+
+
 def test_a_budget_is_kept() -> None:
     net = _net()
     image = torch.empty(1, 3, 1024, 1024, device="meta")

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 import lrcnn_lightning
 from lrcnn_lightning import ConfigError, PlanError
 from lrcnn_lightning.models import resnet50, unet
-from lrcnn_lightning.plan.keeping import KEEPINGS
-from lrcnn_lightning.plan.plan import Choices, Plan, build_plan
-from lrcnn_lightning.plan.residency import KEEP
-from lrcnn_lightning.plan.saved import load_plans
-from lrcnn_lightning.plan.schedule import Instruction, parse, validate
+from lrcnn_lightning.planning.keeping import KEEPINGS
+from lrcnn_lightning.planning.plan import Choices, Plan, build_plan
+from lrcnn_lightning.planning.residency import KEEP
+from lrcnn_lightning.planning.saved import load_plans
+from lrcnn_lightning.planning.schedule import Instruction, parse, validate
 from tests.exact import assert_same_step
 from tests.oracle import requires_grad_leaves, row_graph
 

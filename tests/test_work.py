@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrcnn_lightning
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
-from lrcnn_lightning.plan.machine import CPU
-from lrcnn_lightning.plan.plan import Choices, build_plan, carried_nodes
-from lrcnn_lightning.plan.work import PRODUCTS, Work
+from lrcnn_lightning.planning.machine import CPU
+from lrcnn_lightning.planning.plan import Choices, build_plan, carried_nodes
+from lrcnn_lightning.planning.work import PRODUCTS, Work
 from lrcnn_lightning.rules import family_of, registered
 from tests.networks import Call
 from tests.oracle import row_graph

@@ -14,10 +14,10 @@ from lrcnn_lightning import RowConfig
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
 from lrcnn_lightning.models import UNet
 from lrcnn_lightning.monitor.meter import MemoryMeter
-from lrcnn_lightning.plan.machine import CPU, Machine
-from lrcnn_lightning.plan.plan import Choices, build_plan, plain_plan
-from lrcnn_lightning.plan.search import choose_plan
-from lrcnn_lightning.plan.workspace import Call, Operand, Workspaces, between, product_call
+from lrcnn_lightning.planning.machine import CPU, Machine
+from lrcnn_lightning.planning.plan import Choices, build_plan, plain_plan
+from lrcnn_lightning.planning.search import choose_plan
+from lrcnn_lightning.planning.workspace import Call, Operand, Workspaces, between, product_call
 from lrcnn_lightning.rules import normalisation
 from tests.oracle import row_graph
 

@@ -21,7 +21,7 @@ from lrcnn_lightning.checking.subject import Subject, twin, widened
 from lrcnn_lightning.config import format_size
 from lrcnn_lightning.graph import under_autocast
 from lrcnn_lightning.monitor.measure import measure_fake
-from lrcnn_lightning.plan.search import usable_bytes
+from lrcnn_lightning.planning.search import usable_bytes
 
 __all__ = ["STEPS", "Baseline", "is_out_of_memory"]
 

@@ -13,7 +13,7 @@ import torch
 
 from lrcnn_lightning.checking.comparison import Comparison
 from lrcnn_lightning.config import format_count
-from lrcnn_lightning.plan.plan import Plan
+from lrcnn_lightning.planning.plan import Plan
 
 __all__ = ["CheckReport", "Run", "versions"]
 

@@ -23,8 +23,8 @@ from lrcnn_lightning.engine.maps import Gradients, cut, taken
 from lrcnn_lightning.engine.rows import Carries
 from lrcnn_lightning.engine.slabs import Prepared, SlabCall, Target
 from lrcnn_lightning.graph.tap import tapped
-from lrcnn_lightning.plan.halos import Row
-from lrcnn_lightning.plan.loop import BackwardPass
+from lrcnn_lightning.planning.halos import Row
+from lrcnn_lightning.planning.loop import BackwardPass
 from lrcnn_lightning.rules import Axes, Interval, Reduction, Tile
 
 __all__ = ["differentiate"]

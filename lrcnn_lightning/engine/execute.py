@@ -14,7 +14,7 @@ from lrcnn_lightning.engine.slabs import Prepared
 from lrcnn_lightning.engine.undo import Before, Undone, draws_numbers, written_buffers
 from lrcnn_lightning.errors import is_out_of_memory
 from lrcnn_lightning.graph import Graph, Node, Value, ValueKind, Write, map_refs, views_of, written_argument
-from lrcnn_lightning.plan.plan import Plan
+from lrcnn_lightning.planning.plan import Plan
 from lrcnn_lightning.rules import RowGraph
 
 __all__ = ["Execution", "live_tensor", "requires_grad_leaves"]

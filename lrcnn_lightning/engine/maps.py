@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from lrcnn_lightning.plan.machine import MOST_ELEMENTS
+from lrcnn_lightning.planning.machine import MOST_ELEMENTS
 from lrcnn_lightning.rules import Axes, Interval, Tile
 
 __all__ = ["Cuts", "Gradients", "cut", "cuts_of", "taken", "write"]

@@ -23,7 +23,7 @@ from torch.utils.weak import TensorWeakRef
 from lrcnn_lightning.engine.rows import Carries, RowLoop, run_node
 from lrcnn_lightning.engine.slabs import Prepared
 from lrcnn_lightning.graph import draws
-from lrcnn_lightning.plan.program import Effect, Free, RunRows, RunWhole, SegmentProgram
+from lrcnn_lightning.planning.program import Effect, Free, RunRows, RunWhole, SegmentProgram
 from lrcnn_lightning.rules import RowGraph
 
 __all__ = ["Ambient", "CallRecord", "SegmentCall", "replayed", "run_forward", "run_plainly"]

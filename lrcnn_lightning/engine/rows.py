@@ -21,7 +21,7 @@ from lrcnn_lightning.engine.maps import cut, taken, write
 from lrcnn_lightning.engine.slabs import Prepared
 from lrcnn_lightning.graph import Context, Node, map_refs
 from lrcnn_lightning.graph.switches import entered
-from lrcnn_lightning.plan.loop import Loop
+from lrcnn_lightning.planning.loop import Loop
 from lrcnn_lightning.rules import Interval, Reduction, RowGraph, Tile
 
 __all__ = ["Carries", "RowLoop", "run_node"]

@@ -29,7 +29,15 @@ from lrcnn_lightning.engine.record import (
 )
 from lrcnn_lightning.engine.rows import Carries, RowLoop, run_node
 from lrcnn_lightning.errors import DoubleBackwardError
-from lrcnn_lightning.plan.program import BackwardRows, BackwardWhole, Free, FreeGradient, RunRows, SegmentProgram, Sweep
+from lrcnn_lightning.planning.program import (
+    BackwardRows,
+    BackwardWhole,
+    Free,
+    FreeGradient,
+    RunRows,
+    SegmentProgram,
+    Sweep,
+)
 from lrcnn_lightning.rules import Axes
 
 __all__ = ["CHANGED_MAP", "SECOND_DERIVATIVE", "run_segment"]

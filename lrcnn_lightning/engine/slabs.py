@@ -24,8 +24,8 @@ from torch import Tensor
 from lrcnn_lightning.engine.maps import Cuts, cuts_of, taken
 from lrcnn_lightning.graph import Context, Ref, map_refs, references
 from lrcnn_lightning.graph.switches import entered
-from lrcnn_lightning.plan.halos import Row
-from lrcnn_lightning.plan.loop import BackwardPass, Loop
+from lrcnn_lightning.planning.halos import Row
+from lrcnn_lightning.planning.loop import BackwardPass, Loop
 from lrcnn_lightning.rules import Interval, RowGraph, RowRule, Tile
 
 __all__ = ["Prepared", "SlabCall", "Target"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lrcnn_lightning
 from lrcnn_lightning.models import UNet, resnet18, vgg16
 from lrcnn_lightning.monitor import measure_module
-from lrcnn_lightning.plan.plan import Plan
+from lrcnn_lightning.planning.plan import Plan
 
 MIB = 2**20
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import lrcnn_lightning
-from lrcnn_lightning.plan.machine import MOST_ELEMENTS
+from lrcnn_lightning.planning.machine import MOST_ELEMENTS
 from tests.cuda.conftest import NO_GPU
 
 HEIGHT, WIDTH, CHANNELS = 20000, 16384, 8

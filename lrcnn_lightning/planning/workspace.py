@@ -1,0 +1,201 @@
+"""Workspaces: memory that a kernel takes for itself inside of an operation, and that no dispatch mode sees.
+
+On a GPU convolutions take most of it. cuDNN computes them with channels last, and of maps in the other format it makes
+copies, forward and back, for the time of the call; its algorithms need room besides. How much that is, only a trial on
+the device tells: the operation is run there once on tensors of the same shapes, outside of any step, and what the
+allocator has given out meanwhile, less the results, is the workspace. Where there is no device to try it on, a bound
+holds:
+
+    maps not channels last     a copy of each map and weight that a convolution reads and makes
+    maps channels last         room for an algorithm, a fixed number of bytes at most
+    weight gradients           sums in float32, of a few parts of the map at once
+    float64, depthwise         nothing: these kernels convolve maps as they lie
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from lrcnn_lightning.planning.machine import Machine
+
+__all__ = ["Call", "Operand", "Workspaces", "between", "product_call"]
+
+aten = torch.ops.aten
+
+_FORWARD, _BACKWARD = aten.convolution.default, aten.convolution_backward.default
+_PRODUCTS = {_FORWARD, _BACKWARD, *(getattr(aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm"))}
+"""What is tried on a device. Whatever its tensors hold, these run."""
+
+_PARTS = 4
+"""Of a map, over which a weight gradient is summed apart."""
+
+_ROOM = 32 * 2**20
+"""Of an algorithm, at most, where maps are channels last."""
+
+_SHARE = 0.25
+"""Of the memory that is free on a device, at most, for the tensors of a trial."""
+
+
+class Operand(NamedTuple):
+    """A tensor of a call."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Call(NamedTuple):
+    """One call of an operation, with an `Operand` in the place of each tensor. Equal calls take the same."""
+
+    operation: Any
+    arguments: tuple[Any, ...]
+
+
+def product_call(operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
+    """The call, if it is one of a convolution or matrix product."""
+    if operation not in _PRODUCTS or kwargs:
+        return None
+    return Call(operation, _without_tensors(args))
+
+
+def _without_tensors(tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return Operand(tuple(tree.shape), tuple(tree.stride()), tree.dtype)
+    return tuple(map(_without_tensors, tree)) if isinstance(tree, (list, tuple)) else tree
+
+
+def between(first: Any, second: Any, part: float) -> Any:
+    """What lies on the line through two calls on rows of different heights, ``part`` of the way from the first."""
+    if isinstance(first, Call):
+        return Call(first.operation, between(first.arguments, second.arguments, part))
+    if isinstance(first, Operand):
+        shape, strides = between(first.shape, second.shape, part), between(first.strides, second.strides, part)
+        return Operand(shape, strides, first.dtype)
+    if isinstance(first, tuple):
+        return tuple(between(a, b, part) for a, b in zip(first, second, strict=True))
+    if isinstance(first, int) and first != second:
+        return round(first + part * (second - first))
+    return first
+
+
+class Workspaces:
+    """The workspaces of calls on a machine; ``known`` are those that were found before."""
+
+    def __init__(self, machine: Machine, known: dict[Any, int]) -> None:
+        self.machine, self._known = machine, known
+
+    def of(self, call: Call) -> int:
+        """Bytes."""
+        key = self.machine.device, call
+        if key not in self._known:
+            self._known[key] = max(map(self._found, _alone(call)), default=0)
+        return self._known[key]
+
+    def taken(self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        """Bytes, by what was called."""
+        call = product_call(operation, args, kwargs)
+        return 0 if call is None else self.of(call)
+
+    def _found(self, call: Call) -> int:
+        device = self.machine.device
+        if device is None or not _fits(call, device):
+            return _bound(call)
+        try:
+            return self._tried(call, device)
+        except torch.OutOfMemoryError:  # of the trial, and not of a step
+            return _bound(call)
+
+    def _tried(self, call: Call, device: torch.device) -> int:
+        """What the allocator gives out during the call, beside the results."""
+
+        def made(tree: Any) -> Any:
+            if isinstance(tree, Operand):
+                return torch.empty_strided(tree.shape, tree.strides, dtype=tree.dtype, device=device)
+            return [made(item) for item in tree] if isinstance(tree, tuple) else tree
+
+        off = torch.autocast(device.type, enabled=False)
+        with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), off, torch.cuda.device(device):
+            arguments = made(call.arguments)
+            call.operation(*arguments)  # whatever is set up once is not counted
+            before = _given_out(device)
+            results = call.operation(*arguments)
+            given = _given_out(device) - before
+            results = results if isinstance(results, (list, tuple)) else (results,)
+            sizes = [result.untyped_storage().nbytes() for result in results if isinstance(result, Tensor)]
+        return max(0, given - sum(map(self.machine.rounded, sizes)))
+
+
+def _alone(call: Call) -> list[Call]:
+    """The kernels of a call, which run one after another: of a convolution one for each gradient."""
+    if call.operation is not _BACKWARD:
+        return [call]
+    *others, mask = call.arguments
+    single = [tuple(place == number for place in range(3)) for number in range(2) if mask[number]]
+    return [Call(call.operation, (*others, only)) for only in single]
+
+
+def _given_out(device: torch.device) -> int:
+    """Bytes that the allocator of a device has ever given out; asking for it changes no statistic of the user's."""
+    total: int = torch.cuda.memory_stats(device)["allocated_bytes.all.allocated"]
+    return total
+
+
+def _fits(call: Call, device: torch.device) -> bool:
+    """Whether there is room to try a call, and nothing is being captured meanwhile."""
+    if torch.cuda.is_current_stream_capturing():
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return sum(operand.bytes for operand in _operands(call)) < _SHARE * (free + cached)
+
+
+def _operands(call: Call) -> list[Operand]:
+    return [argument for argument in call.arguments if isinstance(argument, Operand)]
+
+
+def _bound(call: Call) -> int:
+    """Of a convolution (see the module's docstring); a matrix product takes nothing."""
+    operands, sums = _operands(call), 0
+    if call.operation is _FORWARD:
+        x, weight = operands[:2]
+        groups = call.arguments[8]
+    elif call.operation is _BACKWARD:
+        x, weight = operands[1:3]
+        *_, groups, mask = call.arguments
+        sums = 4 * math.prod(weight.shape) * _PARTS if mask[1] else 0
+    else:
+        return 0
+    if x.dtype is torch.float64 or groups == x.shape[1] > 1:
+        return 0
+    other = operands[0] if call.operation is _BACKWARD else _result(call)
+    if _channels_last(x) or _channels_last(weight):
+        maps = operands[: 1 + (call.operation is _BACKWARD)]
+        copies = sum(operand.bytes for operand in maps if not _channels_last(operand))
+        return min(_ROOM, x.bytes + other.bytes) + sums + copies
+    return x.bytes + other.bytes + weight.bytes + sums
+
+
+def _channels_last(operand: Operand) -> bool:
+    """Whether channels lie next to each other, and not because there is one place."""
+    return len(operand.shape) > 2 and operand.strides[1] == 1 and math.prod(operand.shape[2:]) > 1 < operand.shape[1]
+
+
+def _result(call: Call) -> Operand:
+    """What a convolution makes."""
+    arguments = [
+        torch.empty(argument.shape, dtype=argument.dtype, device="meta") if isinstance(argument, Operand) else argument
+        for argument in call.arguments
+    ]
+    with _disable_current_modes():
+        result = call.operation(*arguments)
+    return Operand(tuple(result.shape), tuple(result.stride()), result.dtype)
