@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -24,8 +25,8 @@ from torch import nn
 from lrcnn_lightning.config import Mode, OnUnsupported, RowConfig, did_you_mean
 from lrcnn_lightning.errors import ConfigError
 from lrcnn_lightning.messages import needless_rows, never_called, path, summary
+from lrcnn_lightning.planning.load import load_plans
 from lrcnn_lightning.planning.plan import Plan
-from lrcnn_lightning.planning.saved import load_plans
 from lrcnn_lightning.planning.search import usable_bytes
 from lrcnn_lightning.session import RowwiseSession
 
@@ -43,7 +44,8 @@ CLASSES: dict[str, dict[str, Any]] = {}
 """Namespace -> name of a class -> the class; made at the first use of a namespace."""
 
 
-OPTIONS = (RowConfig.__doc__ or "").partition("    Args:\n")[2].partition("\n\n    Raises:")[0]
+OPTIONS = inspect.cleandoc(RowConfig.__doc__ or "").partition("Args:\n")[2].partition("\n\nRaises:")[0]
+OPTIONS = textwrap.indent(OPTIONS, "    ")  # as Python before 3.13 leaves docstrings
 OPTIONS += """
         plan: Saved plans by module name (``{name: plan.to_dict()}`` of ``strategy.plans``, perhaps edited), or a JSON
             file with them, to be used instead of planning."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -194,9 +195,9 @@ def help_of(kind: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
 @pytest.mark.parametrize("kind", [SINGLE, DDP])
 def test_help_explains_every_option(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     entries = help_of(kind, capsys)
-    documented = RowConfig.__doc__ or ""
+    documented = inspect.cleandoc(RowConfig.__doc__ or "")
     for field in fields(RowConfig):
-        said = " ".join(documented.partition(f"        {field.name}: ")[2].split())[:60]
+        said = " ".join(documented.partition(f"\n    {field.name}: ")[2].split())[:60]
         assert said and said in entries[field.name], field.name
         assert f"default: {strategy_defaults()[field.name]}" in entries[field.name], field.name
     assert "'two_phase', 'overlap'" in entries["mode"]
