@@ -22,8 +22,10 @@ from torch import nn
 
 from lrcnn_lightning.config import RowConfig, format_count
 from lrcnn_lightning.engine.execute import Execution
+from lrcnn_lightning.planning.choices import Choices
 from lrcnn_lightning.planning.machine import Machine
-from lrcnn_lightning.planning.plan import Choices, build_plan
+from lrcnn_lightning.planning.planner import Planner
+from lrcnn_lightning.planning.problem import Problem
 from lrcnn_lightning.rowwise import RowwiseForward
 
 
@@ -102,7 +104,7 @@ def main() -> None:
         plain = _shortest(lambda m=module, x=images: m(x), module, arguments.steps)  # type: ignore[misc]
         graph, leaves, _, device = RowwiseForward(module, RowConfig()).situation((images,), {})
         for choices in grid.plans:
-            plan = build_plan(graph, leaves, True, choices, Machine.of(device))
+            plan = Planner(Problem(graph, leaves, True, Machine.of(device))).plan(choices)
             execution, fresh = Execution(plan), copy.deepcopy(module)
             seconds = _shortest(lambda e=execution, m=fresh, x=images: e(m, [x]), fresh, arguments.steps)  # type: ignore[misc]
             measured.append(seconds / plain)

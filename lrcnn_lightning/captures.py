@@ -17,12 +17,17 @@ from torch.nn.parameter import is_lazy
 
 from lrcnn_lightning.errors import UninitialisedError
 from lrcnn_lightning.graph import HOOK_TABLES, Structure, computes_weight, marks_of, processes, under_autocast
+from lrcnn_lightning.recent import Recent
 from lrcnn_lightning.rules import RowGraph
 
-__all__ = ["CACHED", "Captures", "device_of", "without_hooks"]
+__all__ = ["LEAST", "MOST_NODES", "Captures", "device_of", "without_hooks"]
 
-CACHED = 16
-"""Graphs and plans remembered a module: multi-scale training has a handful of shapes; more are captured again."""
+MOST_NODES = 20_000
+"""Nodes, together, of the graphs that are remembered of a module, and of those that it has plans for: some tens of MB.
+Training at many sizes has a graph for each of them: of ResNet-50 fifty are remembered."""
+
+LEAST = 16
+"""Graphs and plans that are remembered, however large they are."""
 
 _NAMED = 3
 """Tensors that a message names at most."""
@@ -36,13 +41,14 @@ class Captures:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._graphs: list[tuple[Any, RowGraph]] = []
+        self._graphs: Recent[RowGraph, Any] = Recent(MOST_NODES, LEAST)
+        """What each depends on."""
 
     def __len__(self) -> int:
         return len(self._graphs)
 
     def __iter__(self) -> Iterator[RowGraph]:
-        return (graph for _, graph in self._graphs)
+        return iter(self._graphs)
 
     def find(self, inputs: Sequence[Any], structure: Structure) -> tuple[RowGraph | None, str | None]:
         """The graph that serves a call with these leaves of arguments; or else, if calls that are alike are captured
@@ -50,27 +56,25 @@ class Captures:
         """
         key = self._key(inputs, structure)
         broken = None
-        for known, graph in self._graphs:
-            if known != key:
-                continue
+        alike = [graph for graph, other in zip(self._graphs, self._graphs.values(), strict=True) if other == key]
+        for graph in alike:
             broken = graph.graph.guards.broken()
             if broken is None:
-                self._graphs.remove((known, graph))
-                self._graphs.append((known, graph))
+                self._graphs.get(graph)
                 return graph, None
         if broken is not None:
             value = getattr(broken.module, broken.name, None)
             cause = f"its forward reads {broken.name!r} of {type(broken.module).__name__}, which is now {value!r}"
-            count = sum(known == key for known, _ in self._graphs)
+            count = len(alike)
         else:
-            others = {known[1] for known, _ in self._graphs if known[0] == key[0]}
+            others = {other[1] for other in self._graphs.values() if other[0] == key[0]}
             cause = f"its arguments that are no tensors are now {list(key[1])}"
             count = 0 if key[1] in others else len(others)
         return None, cause if count == _OFTEN else None
 
     def remember(self, inputs: Sequence[Any], structure: Structure, graph: RowGraph) -> RowGraph:
         """Keep the graph for calls like this one."""
-        self._graphs = [*self._graphs[1 - CACHED :], (self._key(inputs, structure), graph)]
+        self._graphs.put(graph, self._key(inputs, structure), len(graph.nodes))
         return graph
 
     def _key(self, inputs: Sequence[Any], structure: Structure) -> tuple[Any, ...]:

@@ -17,10 +17,7 @@ size recognise it by its type and text.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from lrcnn_lightning.planning.plan import Plan
+from typing import Any
 
 __all__ = [
     "BudgetError",
@@ -65,9 +62,9 @@ class PlanError(RowwiseError, RuntimeError):
 
 
 class BudgetError(PlanError):
-    """No plan fits the ``budget`` (bytes); ``least`` is the one that takes the least of those that were found."""
+    """No plan fits the ``budget`` (bytes); ``least`` is the `Plan` that takes the least of those that were tried."""
 
-    def __init__(self, message: str, least: Plan | None = None, budget: int = 0) -> None:
+    def __init__(self, message: str, least: Any = None, budget: int = 0) -> None:
         super().__init__(message)
         self.least, self.budget = least, budget
 

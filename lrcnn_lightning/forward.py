@@ -18,15 +18,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from lrcnn_lightning.captures import CACHED, Captures, device_of, without_hooks
+from lrcnn_lightning.captures import LEAST, MOST_NODES, Captures, device_of, without_hooks
 from lrcnn_lightning.config import RowConfig
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
 from lrcnn_lightning.engine.undo import Undone
@@ -51,8 +50,11 @@ from lrcnn_lightning.messages import (
 from lrcnn_lightning.planning.autocast import under_autocast_of
 from lrcnn_lightning.planning.machine import Machine
 from lrcnn_lightning.planning.plan import Plan
+from lrcnn_lightning.planning.planner import Planner
+from lrcnn_lightning.planning.problem import Problem
 from lrcnn_lightning.planning.saved import SavedPlan
 from lrcnn_lightning.planning.search import choose_plan
+from lrcnn_lightning.recent import Recent
 from lrcnn_lightning.rules import RowGraph, lower
 from lrcnn_lightning.stand_in import StandIn
 from lrcnn_lightning.stepping_aside import steps_aside
@@ -105,7 +107,7 @@ class RowwiseForward(StandIn):
         self.training_plan: Plan | None = None
         """The plan of the latest call with a backward pass."""
         self._graphs = Captures(module)
-        self._plans: OrderedDict[Any, Execution] = OrderedDict()
+        self._plans: Recent[Any, tuple[Plan, Execution]] = Recent(MOST_NODES, LEAST)
         self.given: SavedPlan | None = None
         """A plan that was given; nothing is searched for then."""
         self.has_limit = not config.fits_free_memory
@@ -126,7 +128,7 @@ class RowwiseForward(StandIn):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry no plans: they are made again when needed."""
         state = self.__dict__.copy()
-        state.update(plan=None, training_plan=None, _graphs=Captures(self.module), _plans=OrderedDict())
+        state.update(plan=None, training_plan=None, _graphs=Captures(self.module), _plans=Recent(MOST_NODES, LEAST))
         state.update(notify=_warn, observe=None, refusal=None)
         return state
 
@@ -140,14 +142,14 @@ class RowwiseForward(StandIn):
             return self.original(*args, **kwargs)
         refusal: Refusal | None = None
         try:
-            execution, inputs = self._prepare(args, kwargs)
+            chosen, execution, inputs = self._prepare(args, kwargs)
         except Exception as error:
             refusal = self._as_refusal(error)
             if refusal is None:
                 raise
         if refusal is not None:  # outside of the handler: an error of the module's own has no other behind it
             return self._without_rows(refusal, args, kwargs)
-        self.plan = chosen = execution.plan
+        self.plan = chosen
         if chosen.training:
             self.training_plan = chosen
         if self.observe is not None:
@@ -182,9 +184,9 @@ class RowwiseForward(StandIn):
 
     def plan_for(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Plan:
         """The plan for a call with these arguments."""
-        return self._prepare(tuple(args), dict(kwargs))[0].plan
+        return self._prepare(tuple(args), dict(kwargs))[0]
 
-    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Execution, list[Any]]:
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Plan, Execution, list[Any]]:
         with ONE_AT_A_TIME:  # what another thread is capturing now may be what is needed here
             inputs, graph = self._situated(args, kwargs)
             grad = torch.is_grad_enabled()
@@ -192,26 +194,28 @@ class RowwiseForward(StandIn):
             plan_key = (graph, leaves, grad)
             chosen = self._plans.get(plan_key)
             if chosen is None:
-                found = self._chosen(graph, leaves, grad and bool(leaves), device_of(inputs))
-                chosen = _remember(self._plans, plan_key, Execution(found, self._told_by_engine))
-                self._warn_of(found)
-            self._plans.move_to_end(plan_key)
-        return chosen, inputs
+                device = device_of(inputs)
+                plan = self._planned(Problem(graph, leaves, grad and bool(leaves), Machine.of(device)), device)
+                chosen = plan, Execution(plan, self._told_by_engine)
+                self._plans.put(plan_key, chosen, len(graph.nodes))
+                self._warn_of(plan)
+        return *chosen, inputs
 
-    def _chosen(self, graph: RowGraph, leaves: frozenset[int], training: bool, device: torch.device) -> Plan:
+    def _planned(self, problem: Problem, device: torch.device) -> Plan:
         if self.given is not None:
-            return self.given.of(graph, leaves, training, Machine.of(device))
-        config, height = self.config, max(graph.input_height, 1)
+            return Planner(problem).saved(self.given)
+        config, height = self.config, max(problem.graph.input_height, 1)
         if config.on_unsupported == "warn" and isinstance(config.rows, int) and config.rows > height:
             self._say("rows", fewer_rows(config.rows, height))
             config = replace(config, rows=height)
         try:
-            return choose_plan(graph, leaves, training, config, device)
+            return choose_plan(problem, config, device, [plan for plan, _ in self._plans.values()])
         except BudgetError as error:
             if self.has_limit or error.least is None:
                 raise
-            self._say("memory", least_memory(error.least, error.budget))
-            return error.least
+            least: Plan = error.least
+            self._say("memory", least_memory(least, error.budget))
+            return least
 
     def _say(self, subject: str, text: str) -> None:
         """Tell the user something, once for each subject."""
@@ -253,13 +257,11 @@ class RowwiseForward(StandIn):
         axis = self.config.axis if self.given is None else self.given.axis_of(self.config.axis)
         return inputs, self._graphs.remember(inputs, structure, lower(captured, axis))
 
-    def situation(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[RowGraph, frozenset[int], bool, torch.device]:
-        """What a plan for a training call is made from: graph, values with a gradient, whether any, device."""
+    def problem(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Problem:
+        """What a plan for a training call with these arguments is made for."""
         inputs, graph = self._situated(args, kwargs)
         leaves = requires_grad_leaves(graph.graph, self.module, inputs)
-        return graph, leaves, bool(leaves), device_of(inputs)
+        return Problem(graph, leaves, bool(leaves), Machine.of(device_of(inputs)))
 
     # ------------------------------------------------------------------------------------------------ refusals
 
@@ -366,16 +368,6 @@ class RowwiseForward(StandIn):
                 yield from inner
             elif part.plan is not None:
                 yield Outcome(part.name, type(part.module).__name__, None)
-
-
-_V = TypeVar("_V")
-
-
-def _remember(table: OrderedDict[Any, _V], key: Any, value: _V) -> _V:
-    table[key] = value
-    while len(table) > CACHED:
-        table.popitem(last=False)
-    return value
 
 
 def _kinds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

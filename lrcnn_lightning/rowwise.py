@@ -20,8 +20,9 @@ from lrcnn_lightning.fake import new_mode
 from lrcnn_lightning.forward import RowwiseForward
 from lrcnn_lightning.graph import take_apart
 from lrcnn_lightning.planning.frontier import Frontier, find_frontier
+from lrcnn_lightning.planning.load import load_plan
 from lrcnn_lightning.planning.plan import Plan
-from lrcnn_lightning.planning.saved import SavedPlan, load_plan
+from lrcnn_lightning.planning.saved import SavedPlan
 from lrcnn_lightning.selection import select_modules
 
 __all__ = ["RowwiseForward", "frontier", "plan", "plan_of", "restore", "rowwise"]
@@ -132,8 +133,7 @@ def frontier(module: nn.Module, example: Any, **options: Any) -> Frontier:
     Takes what `plan` takes; numbers that are given (``rows``, ``segments``, ``mode``) are not varied.
     """
     with _rehearsal(module, example, options) as (executor, args, kwargs):
-        graph, leaves, training, device = executor.situation(args, kwargs)
-        return find_frontier(graph, leaves, training, executor.config, device)
+        return find_frontier(executor.problem(args, kwargs), executor.config)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,9 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
 from lrcnn_lightning.graph import capture
-from lrcnn_lightning.planning.plan import Choices, build_plan
+from lrcnn_lightning.planning.choices import Choices
+from lrcnn_lightning.planning.planner import Planner
+from lrcnn_lightning.planning.problem import Problem
 from lrcnn_lightning.rules import lower
 from tests import test_rules
 
@@ -98,7 +100,7 @@ def faults(case: test_rules.Case) -> set[str]:
         graph = lower(capture(module, (x,)), case.axis)
         leaves = requires_grad_leaves(graph.graph, module, [x])
         for choices in (Choices("two_phase", 2), Choices("overlap", 5, 2, 2, "borders")):
-            execution = Execution(build_plan(graph, leaves, True, choices))
+            execution = Execution(Planner(Problem(graph, leaves, True)).plan(choices))
             for step in range(2):
                 with Mixing() as mixing, ReadingBack() as reading_back:
                     outputs = [leaf for leaf in tree_leaves(execution(module, [x])) if isinstance(leaf, Tensor)]

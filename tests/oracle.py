@@ -22,8 +22,10 @@ from lrcnn_lightning.checking.subject import twin
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
 from lrcnn_lightning.engine.rows import run_node
 from lrcnn_lightning.graph import Graph, Ref, ValueKind, capture, map_refs
+from lrcnn_lightning.planning.choices import Choices
 from lrcnn_lightning.planning.keeping import Keeping
-from lrcnn_lightning.planning.plan import Choices, build_plan
+from lrcnn_lightning.planning.planner import Planner
+from lrcnn_lightning.planning.problem import Problem
 from lrcnn_lightning.rules import Interval, Reduction, Role, RowGraph, RowRule, Tile, lower
 
 __all__ = ["RELATIVE", "assert_exact", "check_rules", "difference", "differences", "observe", "row_graph", "twin"]
@@ -107,7 +109,7 @@ def assert_exact(
         choices = [Choices(*combination) for combination in combinations]
     for choice in choices:
         fresh = twin(module)
-        plan = build_plan(graph, leaves, differentiate, choice)
+        plan = Planner(Problem(graph, leaves, differentiate)).plan(choice)
         got = observe(lambda *x, p=plan, m=fresh: Execution(p)(m, list(x)), fresh, given, seed, differentiate)
         wrong = differences(got, want)
         assert not wrong, f"{choice}:\n  " + "\n  ".join(wrong)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lrcnn_lightning
-from lrcnn_lightning.planning.plan import Choices
+from lrcnn_lightning.planning.choices import Choices
 from tests.oracle import assert_exact
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no plan was found", "ignore:.*more than there are places to cut")

@@ -104,7 +104,7 @@ def test_it_is_said_once_and_costs_a_copy_from_then_on() -> None:
     net = lrcnn_lightning.rowwise(Backbone().double(), **OPTIONS["segments"])
     with pytest.warns(UserWarning, match="changed in place.*from now on what it returns and keeps is copied"):
         observed(net, pyramid, 0)
-    (execution,) = net.forward._plans.values()
+    ((_, execution),) = net.forward._plans.values()
     execution._tell = pytest.fail  # nothing is computed once more
     for seed in (1, 2):
         observed(net, pyramid, seed)

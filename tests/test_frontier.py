@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import lrcnn_lightning
+from lrcnn_lightning.planning.choices import Choices, Part
 from lrcnn_lightning.planning.frontier import Frontier, Point, _thinned, _words
-from lrcnn_lightning.planning.plan import Choices, Part
 from lrcnn_lightning.planning.residency import KEEP
 
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lrcnn_lightning.planning.plan import Choices
+from lrcnn_lightning.planning.choices import Choices
 from lrcnn_lightning.rules import Interval, maximum, normalisation, resize
 from lrcnn_lightning.rules.constant import Constant
 from lrcnn_lightning.rules.sampling import Sampling

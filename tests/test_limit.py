@@ -18,8 +18,11 @@ from lrcnn_lightning import PlanError, RowConfig
 from lrcnn_lightning.engine import maps
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
 from lrcnn_lightning.models import UNet, vgg16
+from lrcnn_lightning.planning.choices import Choices
 from lrcnn_lightning.planning.machine import CPU, MOST_ELEMENTS
-from lrcnn_lightning.planning.plan import Choices, Plan, build_plan
+from lrcnn_lightning.planning.plan import Plan
+from lrcnn_lightning.planning.planner import Planner
+from lrcnn_lightning.planning.problem import Problem
 from lrcnn_lightning.planning.saved import SavedPlan
 from lrcnn_lightning.planning.search import choose_plan
 from tests.networks import Network, Recipe
@@ -70,7 +73,8 @@ def chosen(module: nn.Module, x: Tensor, most: int, **options: Any) -> Plan:
     graph = row_graph(module, [x])
     leaves = requires_grad_leaves(graph.graph, module, [x])
     config = RowConfig.from_options(**options)
-    return choose_plan(graph, leaves, True, config, torch.device("cpu"), replace(CPU, most_elements=most))
+    problem = Problem(graph, leaves, True, replace(CPU, most_elements=most))
+    return choose_plan(problem, config, torch.device("cpu"))
 
 
 def stack(norm: bool = False) -> nn.Sequential:
@@ -143,10 +147,10 @@ def test_a_plan_that_was_saved_keeps_the_limit() -> None:
     module, x = stack(), torch.randn(1, 2, 64, 16, dtype=torch.float64)
     graph = row_graph(module, [x])
     leaves = requires_grad_leaves(graph.graph, module, [x])
-    data = build_plan(graph, leaves, True, Choices("overlap", 2)).to_dict()
-    assert SavedPlan(data).of(graph, leaves, True).oversized is None
+    data = Planner(Problem(graph, leaves, True)).plan(Choices("overlap", 2)).to_dict()
+    assert Planner(Problem(graph, leaves, True)).saved(SavedPlan(data)).oversized is None
     with pytest.raises(PlanError, match="elements, with rows=2 and batch_chunks=1; allowed are 1,000"):
-        SavedPlan(data).of(graph, leaves, True, replace(CPU, most_elements=1000))
+        Planner(Problem(graph, leaves, True, replace(CPU, most_elements=1000))).saved(SavedPlan(data))
 
 
 @pytest.mark.parametrize("side", [16384, 32768, 65536])
@@ -156,7 +160,7 @@ def test_a_gigapixel_has_a_plan(side: int) -> None:
     plan = lrcnn_lightning.plan(module, torch.empty(1, 3, side, side, device="meta"), memory_budget=None)
     assert plan.machine.most_elements == MOST_ELEMENTS == 2**31 - 1
     assert plan.oversized is None and plan.rows * MOST_ELEMENTS > 64 * side * side
-    counted = replace(plan, machine=replace(plan.machine, most_elements=0)).oversized
+    counted = plan.on(replace(plan.machine, most_elements=0)).oversized
     assert counted is not None and counted.elements <= MOST_ELEMENTS
 
 
@@ -169,8 +173,8 @@ def test_no_tensor_of_a_step_is_larger_than_is_counted(recipe: Recipe, chosen: l
     graph = row_graph(network, [x])
     leaves = requires_grad_leaves(graph.graph, network, [x])
     for choice in chosen:
-        plan = build_plan(graph, leaves, True, choice)
-        counted = replace(plan, machine=replace(CPU, most_elements=0)).oversized
+        plan = Planner(Problem(graph, leaves, True)).plan(choice)
+        counted = plan.on(replace(CPU, most_elements=0)).oversized
         largest = measured(plan, network, x, 1)
         parameters = max((p.numel() for p in network.parameters()), default=0)
         bound = max(0 if counted is None else counted.elements, parameters, 64)
@@ -191,7 +195,8 @@ def test_a_gradient_that_others_have_is_copied_by_parts() -> None:
 
     module, x = Twice().double(), torch.randn(1, 2, 24, 8, dtype=torch.float64)
     graph = row_graph(module, [x])
-    plan = build_plan(graph, requires_grad_leaves(graph.graph, module, [x]), True, Choices("overlap", 6))
+    problem = Problem(graph, requires_grad_leaves(graph.graph, module, [x]), True)
+    plan = Planner(problem).plan(Choices("overlap", 6))
     assert measured(plan, module, x, MOST_ELEMENTS).elements == 4 * 24 * 8
     assert measured(plan, module, x, 4 * 12 * 8).elements <= 4 * 12 * 8
     with mock.patch.object(maps, "MOST_ELEMENTS", 4 * 5 * 8):

@@ -11,7 +11,9 @@ from torch import nn
 import lrcnn_lightning
 from lrcnn_lightning.models import resnet50, vgg16, vgg16_bn
 from lrcnn_lightning.monitor import measure_fake, measure_module
-from lrcnn_lightning.planning.plan import Choices, build_plan
+from lrcnn_lightning.planning.choices import Choices
+from lrcnn_lightning.planning.planner import Planner
+from lrcnn_lightning.planning.problem import Problem
 from tests.oracle import requires_grad_leaves, row_graph
 
 # VGG-16's convolutions and global pooling; the measure runs on fake tensors, so the full width and size cost nothing.
@@ -77,7 +79,8 @@ def test_carries_are_two_rows_a_convolution() -> None:
     module = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1))
     images = torch.randn(1, 1, 64, 16)
     graph = row_graph(module, [images])
-    plan = build_plan(graph, requires_grad_leaves(graph.graph, module, [images]), True, Choices("two_phase", rows=4))
+    problem = Problem(graph, requires_grad_leaves(graph.graph, module, [images]), True)
+    plan = Planner(problem).plan(Choices("two_phase", rows=4))
     (loop,) = plan.loops()
     first, second = loop.nodes
     assert [row.spans[second].computed for row in loop.rows] == [(0, 16), (16, 32), (32, 48), (48, 64)]

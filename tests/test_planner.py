@@ -17,10 +17,13 @@ from lrcnn_lightning import PlanError
 from lrcnn_lightning.config import RowConfig
 from lrcnn_lightning.models import resnet50, unet, vgg16
 from lrcnn_lightning.monitor import measure_fake
+from lrcnn_lightning.planning.choices import Choices
 from lrcnn_lightning.planning.keeping import KEEPINGS
 from lrcnn_lightning.planning.machine import Machine
-from lrcnn_lightning.planning.plan import Choices, Plan, build_plan, plain_plan
+from lrcnn_lightning.planning.plan import Plan
+from lrcnn_lightning.planning.planner import Planner, plain_plan
 from lrcnn_lightning.planning.price import exchanges
+from lrcnn_lightning.planning.problem import Problem
 from lrcnn_lightning.planning.residency import KEEP
 from lrcnn_lightning.planning.search import choose_plan, search_plans
 from lrcnn_lightning.rules import RowGraph
@@ -90,7 +93,7 @@ def situation(module: nn.Module, shape: tuple[int, ...]) -> tuple[RowGraph, froz
 
 def grid(graph: RowGraph, leaves: frozenset[int]) -> list[Plan]:
     table = itertools.product(("two_phase", "overlap"), (1, 2, 4, 8), (1, 2, 4, 8), KEEPINGS)
-    return [build_plan(graph, leaves, True, Choices(mode, r, s, 1, keep)) for mode, r, s, keep in table]
+    return [Planner(Problem(graph, leaves, True)).plan(Choices(mode, r, s, 1, keep)) for mode, r, s, keep in table]
 
 
 @pytest.mark.parametrize("name", quick(["vgg16", "DynUNet"]))
@@ -98,7 +101,7 @@ def test_no_plan_of_a_grid_is_better(name: str) -> None:
     graph, leaves = situation(*zoo()[name])
     plans = grid(graph, leaves)
     least = min((plan for plan in plans if plan.overhead <= 0.35), key=lambda plan: plan.peak_bytes, default=None)
-    chosen = choose_plan(graph, leaves, True, RowConfig(memory_budget=None), CPU)
+    chosen = choose_plan(Problem(graph, leaves, True), RowConfig(memory_budget=None), CPU)
     if least is not None:
         assert chosen.overhead <= 0.35
         assert chosen.peak_bytes <= least.peak_bytes, (chosen.explicit, least.choices)
@@ -107,7 +110,7 @@ def test_no_plan_of_a_grid_is_better(name: str) -> None:
         fitting = [plan for plan in plans if plan.peak_bytes <= budget]
         if fitting:
             fastest = min(plan.cost.seconds for plan in fitting)
-            ours = choose_plan(graph, leaves, True, RowConfig(memory_budget=budget), CPU)
+            ours = choose_plan(Problem(graph, leaves, True), RowConfig(memory_budget=budget), CPU)
             assert ours.peak_bytes <= budget
             assert ours.cost.seconds <= fastest * 1.0001, (share, ours.explicit, fastest)
 
@@ -133,9 +136,10 @@ def test_of_a_thousand_operations_few_plans_are_made() -> None:
     """Each takes in proportion to the operations, so a graph of many has fewer of them: planning takes seconds."""
     graph, leaves = situation(Deep(140), (1, 3, 64, 64))
     assert len(graph.nodes) >= 900
-    budget = plain_plan(graph, leaves, True).peak_bytes // 2
-    tried: dict[Choices, tuple[int, float]] = {}
-    plan = search_plans(graph, leaves, True, RowConfig(memory_budget=budget), Machine.of(CPU), budget, 0.35, tried)
+    budget = plain_plan(Problem(graph, leaves, True)).peak_bytes // 2
+    tried: dict[Choices, tuple[float, float]] = {}
+    planner = Planner(Problem(graph, leaves, True, Machine.of(CPU)))
+    plan = search_plans(planner, RowConfig(memory_budget=budget), budget, 0.35, tried)
     assert plan.peak_bytes <= budget
     assert len(tried) * len(graph.nodes) <= 400_000
 
@@ -169,7 +173,7 @@ def test_rows_of_unequal_heights_balance_the_skew(mode: str) -> None:
     module, shape = vgg16(width=0.25), (1, 3, 512, 256)
     graph, leaves = situation(module, shape)
     plans = [
-        build_plan(graph, leaves, True, Choices(mode, 4, 1, 1, "lean", heights=heights))
+        Planner(Problem(graph, leaves, True)).plan(Choices(mode, 4, 1, 1, "lean", heights=heights))
         for heights in ("even", "balanced")
     ]
     even, balanced = (measured(module, shape, plan.to_dict()) for plan in plans)
@@ -188,9 +192,9 @@ def test_single_maps_are_kept_where_that_pays() -> None:
     module, shape = resnet50(), (1, 3, 1024, 1024)
     graph, leaves = situation(module, shape)
     pool = next(v.index for v in graph.values if "max_pool" in v.name)
-    streamed = build_plan(graph, leaves, True, Choices("two_phase", 8, 1, 1, "lean"))
+    streamed = Planner(Problem(graph, leaves, True)).plan(Choices("two_phase", 8, 1, 1, "lean"))
     assert exchanges(streamed, 6)[0] == (pool, KEEP)
-    kept = build_plan(graph, leaves, True, Choices("two_phase", 8, 1, 1, "lean", exceptions=((pool, KEEP),)))
+    kept = Planner(Problem(graph, leaves, True)).plan(Choices("two_phase", 8, 1, 1, "lean", exceptions=((pool, KEEP),)))
     assert kept.cost.seconds < 0.97 * streamed.cost.seconds
     assert kept.peak_bytes - streamed.peak_bytes <= 1.1 * graph.values[pool].bytes
     peak = measured(module, shape, kept.to_dict())

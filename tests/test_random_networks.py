@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lrcnn_lightning
-from lrcnn_lightning.planning.plan import Choices
+from lrcnn_lightning.planning.choices import Choices
 from lrcnn_lightning.planning.residency import KEEP, LEAN, STREAM, TRANSIENT
 from tests.networks import ACTIVATIONS, Network, Recipe, Step, make, result_shape
 from tests.oracle import KEEPINGS, MODES, assert_exact, no_gradient

@@ -16,12 +16,14 @@ import lrcnn_lightning
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
 from lrcnn_lightning.models import resnet50, unet
 from lrcnn_lightning.monitor import measure_step
-from lrcnn_lightning.planning import plan as planning
+from lrcnn_lightning.planning.choices import Choices, Part
 from lrcnn_lightning.planning.keeping import KEEPINGS
 from lrcnn_lightning.planning.machine import Machine
-from lrcnn_lightning.planning.memo import Memo
-from lrcnn_lightning.planning.plan import Choices, Part, Plan, build_plan
-from lrcnn_lightning.planning.program import BackwardRows, RunRows
+from lrcnn_lightning.planning.plan import Plan
+from lrcnn_lightning.planning.planner import Planner
+from lrcnn_lightning.planning.problem import Problem
+from lrcnn_lightning.planning.room import Room
+from lrcnn_lightning.planning.steps import BackwardRows, RunRows
 from tests.oracle import assert_exact, differences, observe, row_graph, twin
 
 
@@ -58,9 +60,9 @@ def plans(choices: Choices, monkeypatch: pytest.MonkeyPatch, net: nn.Module, ima
     graph = row_graph(net, [images])
     leaves = requires_grad_leaves(graph.graph, net, [images])
     with monkeypatch.context() as patched:
-        patched.setattr(planning, "with_room", lambda plan, builders: plan)
-        bare = build_plan(graph, leaves, True, choices)
-    return bare, build_plan(graph, leaves, True, choices)
+        patched.setattr(Room, "used", lambda room, program, builders: program)
+        bare = Planner(Problem(graph, leaves, True)).plan(choices)
+    return bare, Planner(Problem(graph, leaves, True)).plan(choices)
 
 
 def slab_calls(plan: Plan) -> int:
@@ -130,24 +132,24 @@ def test_a_plan_that_uses_its_room_is_saved_and_read(monkeypatch: pytest.MonkeyP
     net = chain(3)
     _, plan = plans(replace(LEAN, rows_where_needed=True), monkeypatch, net, IMAGES)
     leaves = requires_grad_leaves(plan.graph.graph, net, [IMAGES])
-    again = Plan.from_dict(plan.to_dict()).of(plan.graph, leaves, True)
+    again = Planner(Problem(plan.graph, leaves, True)).saved(Plan.from_dict(plan.to_dict()))
     assert [str(line) for line in again.schedule] == [str(line) for line in plan.schedule]
 
 
 @pytest.mark.parametrize("name", ["resnet50", "unet"])
-def test_plans_cost_the_same_with_and_without_a_memo(name: str) -> None:
+def test_plans_cost_the_same_with_and_without_a_memory_of_others(name: str) -> None:
     """What is remembered of other plans is what would be found anew: peak, segment of the peak, seconds."""
     net = resnet50(width=0.25) if name == "resnet50" else unet(base_channels=8)
     images = torch.randn(4, 3, 96, 96)
     graph = row_graph(net, [images])
     leaves = requires_grad_leaves(graph.graph, net, [images])
-    memo = Memo()
+    planner = Planner(Problem(graph, leaves, True))
     for mode, rows, segments, chunks, keeping in itertools.product(
         ("two_phase", "overlap"), (3, 8), (1, 3), (1, 3), ("lean", "borders")
     ):
         choices = Choices(mode, rows, segments, chunks, keeping, rows_where_needed=rows == 8)  # type: ignore[arg-type]
-        remembered = build_plan(graph, leaves, True, choices, memo=memo).cost
-        alone = build_plan(graph, leaves, True, choices).cost
+        remembered = planner.cost(planner.plan(choices))
+        alone = Planner(Problem(graph, leaves, True)).plan(choices).cost
         assert remembered.peak_bytes == alone.peak_bytes and remembered.peak_segment == alone.peak_segment, choices
         assert remembered.seconds == pytest.approx(alone.seconds, rel=1e-9), choices
 
@@ -175,7 +177,7 @@ def test_predicted_operations_are_those_that_run(mode: str, rows: int) -> None:
     graph = row_graph(net, [images])
     leaves = requires_grad_leaves(graph.graph, net, [images])
     only_operations = Machine(1.0, *(math.inf,) * 6, 0.0, 0.0)
-    plan = build_plan(graph, leaves, True, Choices(mode, rows), only_operations)
+    plan = Planner(Problem(graph, leaves, True, only_operations)).plan(Choices(mode, rows))
     execution = Execution(plan)
     with torch.autograd.set_multithreading_enabled(False), FlopCounterMode(display=False) as counter:
         execution(net, [images]).sum().backward()
@@ -199,7 +201,7 @@ def test_other_cuts_do_not_bring_carries() -> None:
     leaves = requires_grad_leaves(graph.graph, net, inputs)
     parts = tuple(Part(first, "two_phase", rows, "lean") for first, rows in ((0, 4), (7, 64), (14, 16)))
     choices = Choices("two_phase", 16, 3, 1, "lean", parts, rows_where_needed=True)
-    plan = build_plan(graph, leaves, True, choices)
+    plan = Planner(Problem(graph, leaves, True)).plan(choices)
     assert any(len(loop.rows) < 64 for loop in plan.segments[1].loops())
     ours = twin(net)
     want = observe(net, net, inputs, 0)

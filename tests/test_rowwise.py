@@ -94,11 +94,18 @@ def test_plans_follow_shapes_state_and_gradients() -> None:
     assert not net.forward.plan.training
 
 
-def test_the_cache_is_bounded() -> None:
+def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the operations of all graphs together: small ones may be many."""
+    monkeypatch.setattr("lrcnn_lightning.forward.MOST_NODES", 18)
+    monkeypatch.setattr("lrcnn_lightning.captures.MOST_NODES", 18)
     net = lrcnn_lightning.rowwise(nn.Conv2d(1, 1, 3), mode="two_phase", rows=2)
     for height in range(8, 30):
         net(torch.randn(1, 1, height, 5))
-    assert len(net.forward._graphs) == len(net.forward._plans) == 16
+    assert len(net.forward._graphs) == len(net.forward._plans) == 18
+    large = lrcnn_lightning.rowwise(nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU()), mode="two_phase", rows=2)
+    for height in range(8, 30):
+        large(torch.randn(1, 1, height, 5))
+    assert len(large.forward._graphs) == len(large.forward._plans) == 16
 
 
 def test_inference_mode_and_no_grad() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
 
-from lrcnn_lightning.planning.plan import Choices
+from lrcnn_lightning.planning.choices import Choices
 from tests.oracle import MODES, assert_exact, check_rules, no_gradient, roles
 
 N, C, H, W = 2, 4, 9, 7

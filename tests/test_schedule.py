@@ -16,10 +16,13 @@ from torch import Tensor, nn
 import lrcnn_lightning
 from lrcnn_lightning import ConfigError, PlanError
 from lrcnn_lightning.models import resnet50, unet
+from lrcnn_lightning.planning.choices import Choices
 from lrcnn_lightning.planning.keeping import KEEPINGS
-from lrcnn_lightning.planning.plan import Choices, Plan, build_plan
+from lrcnn_lightning.planning.load import load_plans
+from lrcnn_lightning.planning.plan import Plan
+from lrcnn_lightning.planning.planner import Planner
+from lrcnn_lightning.planning.problem import Problem
 from lrcnn_lightning.planning.residency import KEEP
-from lrcnn_lightning.planning.saved import load_plans
 from lrcnn_lightning.planning.schedule import Instruction, parse, validate
 from tests.exact import assert_same_step
 from tests.oracle import requires_grad_leaves, row_graph
@@ -56,7 +59,9 @@ def plans() -> list[tuple[str, Plan]]:
             for keeping in KEEPINGS:
                 for segments in (1, 3):
                     choices = Choices(mode, 4, segments, 1, keeping)
-                    found.append((f"{type(module).__name__} {choices}", build_plan(graph, leaves, True, choices)))
+                    found.append(
+                        (f"{type(module).__name__} {choices}", Planner(Problem(graph, leaves, True)).plan(choices))
+                    )
     return found
 
 
@@ -71,7 +76,7 @@ def test_every_schedule_is_sound_and_its_text_parses_back() -> None:
 def test_a_plan_without_backward_is_sound() -> None:
     module = Mixed().eval()
     graph = row_graph(module, [torch.randn(1, 3, 24, 20)], "auto")
-    validate(build_plan(graph, frozenset(), False, Choices("two_phase", 4)).schedule)
+    validate(Planner(Problem(graph, frozenset(), False)).plan(Choices("two_phase", 4)).schedule)
 
 
 def without(verb: str, direction: str = "backward") -> Callable[[list[Instruction]], list[Instruction]]:
@@ -129,7 +134,7 @@ def test_a_broken_schedule_is_found_out(change: Callable[..., list[Instruction]]
     x = torch.randn(2, 3, 24, 20)
     graph = row_graph(module, [x], "auto")
     leaves = requires_grad_leaves(graph.graph, module, [x])
-    plan = build_plan(graph, leaves, True, Choices("two_phase", 4, 1, 1, "lean"))
+    plan = Planner(Problem(graph, leaves, True)).plan(Choices("two_phase", 4, 1, 1, "lean"))
     with pytest.raises(PlanError, match=rf"line \d+ of the schedule.*({message})"):
         validate(change(list(plan.schedule)))
 
@@ -218,8 +223,10 @@ def test_a_saved_plan_tells_maps_of_one_name_apart() -> None:
     alike = [value for value, name in enumerate(names) if names.count(name) > 1 and graph.is_map(value)]
     assert alike
     for value in alike:
-        plan = build_plan(graph, leaves, True, Choices("two_phase", 4, 1, 1, "lean", exceptions=((value, KEEP),)))
-        again = Plan.from_dict(plan.to_dict()).of(graph, leaves, True)
+        plan = Planner(Problem(graph, leaves, True)).plan(
+            Choices("two_phase", 4, 1, 1, "lean", exceptions=((value, KEEP),))
+        )
+        again = Planner(Problem(graph, leaves, True)).saved(Plan.from_dict(plan.to_dict()))
         assert again.choices.exceptions == ((value, KEEP),) and again.to_dict() == plan.to_dict()
 
 

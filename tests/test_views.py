@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrcnn_lightning.planning.plan import Choices
+from lrcnn_lightning.planning.choices import Choices
 from tests.oracle import assert_exact, roles
 
 CHOICES = [Choices("two_phase", 3, 1, 1, "lean"), Choices("overlap", 4, 2, 2, "narrow"), Choices("overlap", 2)]

@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrcnn_lightning
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
+from lrcnn_lightning.planning.choices import Choices
 from lrcnn_lightning.planning.machine import CPU
-from lrcnn_lightning.planning.plan import Choices, build_plan, carried_nodes
+from lrcnn_lightning.planning.planner import Planner, carried_nodes
+from lrcnn_lightning.planning.problem import Problem
 from lrcnn_lightning.planning.work import PRODUCTS, Work
 from lrcnn_lightning.rules import family_of, registered
 from tests.networks import Call
@@ -95,9 +97,8 @@ def test_kept_inputs_of_batch_norm_are_not_computed_again() -> None:
         parts += [nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
     net, images = nn.Sequential(*parts), torch.randn(2, 4, 64, 8)
     graph = row_graph(net, [images])
-    plan = build_plan(
-        graph, requires_grad_leaves(graph.graph, net, [images]), True, Choices("two_phase", rows=4, keeping="narrow")
-    )
+    problem = Problem(graph, requires_grad_leaves(graph.graph, net, [images]), True)
+    plan = Planner(problem).plan(Choices("two_phase", rows=4, keeping="narrow"))
     counted = _count(lambda x: Execution(plan)(net, [x]), images)
     assert counted.calls["forward"] == 3 * 4
     assert counted.calls["backward"] == 3 * 4

@@ -14,8 +14,10 @@ from lrcnn_lightning import RowConfig
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
 from lrcnn_lightning.models import UNet
 from lrcnn_lightning.monitor.meter import MemoryMeter
+from lrcnn_lightning.planning.choices import Choices
 from lrcnn_lightning.planning.machine import CPU, Machine
-from lrcnn_lightning.planning.plan import Choices, build_plan, plain_plan
+from lrcnn_lightning.planning.planner import Planner, plain_plan
+from lrcnn_lightning.planning.problem import Problem
 from lrcnn_lightning.planning.search import choose_plan
 from lrcnn_lightning.planning.workspace import Call, Operand, Workspaces, between, product_call
 from lrcnn_lightning.rules import normalisation
@@ -140,8 +142,8 @@ def test_predicted_and_measured_peaks_agree(
     graph = row_graph(module, [x])
     leaves = requires_grad_leaves(graph.graph, module, [x])
     for choices in (Choices("two_phase", 4, 1), Choices("overlap", 6, 2), Choices("overlap", 1, 1)):
-        plan = build_plan(graph, leaves, True, choices, GPU)
-        without = replace(plan, machine=CPU)
+        plan = Planner(Problem(graph, leaves, True, GPU)).plan(choices)
+        without = plan.on(CPU)
         execution = Execution(plan)
         measured(execution, module, x, CPU)
         counted, bare = (measured(execution, module, x, machine) for machine in (GPU, CPU))
@@ -166,10 +168,10 @@ def test_plain_execution_counts_them_too() -> None:
     module, x = NETWORKS["convolutions"](), torch.randn(1, 3, 192, 160)
     graph = row_graph(module, [x])
     leaves = requires_grad_leaves(graph.graph, module, [x])
-    plain = plain_plan(graph, leaves, True, GPU)
+    plain = plain_plan(Problem(graph, leaves, True, GPU))
     with MemoryMeter(module, rounded=GPU.rounded, passing=Workspaces(GPU, {}).taken) as meter:
         module(x).sum().backward()
-    assert plain_plan(graph, leaves, True, CPU).peak_bytes < plain.peak_bytes
+    assert plain_plan(Problem(graph, leaves, True, CPU)).peak_bytes < plain.peak_bytes
     assert plain.peak_bytes == pytest.approx(meter.peak_bytes, rel=0.01)
 
 
@@ -188,6 +190,6 @@ def test_a_search_aims_lower_where_exact_workspaces_are_larger(monkeypatch: pyte
 
     monkeypatch.setattr(Workspaces, "_found", found)
     machine = replace(GPU, device=device)
-    plan = choose_plan(graph, leaves, True, RowConfig(memory_budget=4 * MIB), torch.device("cpu"), machine)
+    plan = choose_plan(Problem(graph, leaves, True, machine), RowConfig(memory_budget=4 * MIB), torch.device("cpu"))
     assert not plan.machine.interpolates and plan.peak_bytes <= 4 * MIB
-    assert replace(plan, machine=machine).peak_bytes < plan.peak_bytes
+    assert plan.on(machine).peak_bytes < plan.peak_bytes

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lrcnn_lightning.planning.plan import Choices
+from lrcnn_lightning.planning.choices import Choices
 from tests.oracle import assert_exact, roles
 
 nets = pytest.importorskip("monai.networks.nets")

@@ -14,7 +14,7 @@ from lrcnn_lightning.engine.slabs import Prepared
 from lrcnn_lightning.engine.undo import Before, Undone, draws_numbers, written_buffers
 from lrcnn_lightning.errors import is_out_of_memory
 from lrcnn_lightning.graph import Graph, Node, Value, ValueKind, Write, map_refs, views_of, written_argument
-from lrcnn_lightning.planning.plan import Plan
+from lrcnn_lightning.planning.program import Program
 from lrcnn_lightning.rules import RowGraph
 
 __all__ = ["Execution", "live_tensor", "requires_grad_leaves"]
@@ -59,16 +59,16 @@ def _prefixed(graph: Graph, module: nn.Module, inputs: Sequence[Any]) -> Sequenc
 class Execution:
     """A plan made ready to be run, step after step."""
 
-    def __init__(self, plan: Plan, tell: Callable[[str], None] = lambda event: None) -> None:
-        self.plan, self._tell = plan, tell
+    def __init__(self, program: Program, tell: Callable[[str], None] = lambda event: None) -> None:
+        self.program, self._tell = program, tell
         """``tell`` is told of backward passes that take more than was planned (`engine.segment`)."""
         self._copies = False
-        self._prepared = Prepared(plan.graph)
-        self._draws = draws_numbers(plan.graph)
-        self._copied = written_buffers(plan.graph)
+        self._prepared = Prepared(program.graph)
+        self._draws = draws_numbers(program.graph)
+        self._copied = written_buffers(program.graph)
         """Of what, with the random states, there are copies while the plan has not been executed to its end yet."""
-        self._drops = plan.drops
-        self._views = _returned_views(plan.graph)
+        self._drops = program.drops
+        self._views = _returned_views(program.graph)
 
     def __call__(self, module: nn.Module, inputs: Sequence[Any]) -> Any:
         """Run the plan on the flat inputs of a call; returns what the module would return.
@@ -76,22 +76,22 @@ class Execution:
         Raises `Undone` where the call fails and could be taken back, so that it can be made in another way. (Not where
         other processes take part, which would have to do the same.)
         """
-        before = Before(_sources(self.plan.graph.graph, module, inputs), self._draws, self._copied)
+        before = Before(_sources(self.program.graph.graph, module, inputs), self._draws, self._copied)
         try:
             result = self._run(module, inputs)
         except Exception as error:
-            if is_out_of_memory(error) or self.plan.graph.communicates or not before.undo():
+            if is_out_of_memory(error) or self.program.graph.communicates or not before.undo():
                 raise
             raise Undone(error) from error
         self._draws, self._copied = False, []
         return result
 
     def _run(self, module: nn.Module, inputs: Sequence[Any]) -> Any:
-        plan, graph = self.plan, self.plan.graph
+        program, graph = self.program, self.program.graph
         store = _sources(graph.graph, module, _prefixed(graph.graph, module, inputs))
         record = CallRecord()
-        self._run_plainly(plan.prologue, store)
-        for number, segment in enumerate(plan.segments):
+        self._run_plainly(program.problem.prologue, store)
+        for number, segment in enumerate(program.segments):
             if segment.plain:
                 self._run_plainly(segment.nodes, store)
             else:
@@ -99,10 +99,10 @@ class Execution:
                 outputs = run_segment(call, [store[index] for index in segment.inputs], record, self._told)
                 store.update(zip(segment.outputs, outputs, strict=True))
             for index in segment.inputs:
-                if plan.last_reader.get(index) == number:
+                if program.last_reader.get(index) == number:
                     store.pop(index, None)
         if self._copies:
-            kept = {index for segment in plan.segments for index in segment.kept}
+            kept = {index for segment in program.segments for index in segment.kept}
             store.update(
                 {i: store[i].clone() for i in graph.graph.output_values() if i in kept and i in graph.producer}
             )
@@ -116,7 +116,7 @@ class Execution:
     def _run_plainly(self, nodes: Sequence[int], store: dict[int, Any]) -> None:
         """Run nodes under ordinary autograd, and drop what is not read any more."""
         for position in nodes:
-            node = self.plan.graph.nodes[position]
+            node = self.program.graph.nodes[position]
             store.update(zip(node.outputs, run_node(node, store), strict=True))
             for index in self._drops.get(position, ()):
                 del store[index]

@@ -23,7 +23,7 @@ from torch.utils.weak import TensorWeakRef
 from lrcnn_lightning.engine.rows import Carries, RowLoop, run_node
 from lrcnn_lightning.engine.slabs import Prepared
 from lrcnn_lightning.graph import draws
-from lrcnn_lightning.planning.program import Effect, Free, RunRows, RunWhole, SegmentProgram
+from lrcnn_lightning.planning.steps import Effect, Free, RunRows, RunWhole, Segment
 from lrcnn_lightning.rules import RowGraph
 
 __all__ = ["Ambient", "CallRecord", "SegmentCall", "replayed", "run_forward", "run_plainly"]
@@ -55,7 +55,7 @@ class SegmentCall:
     """One call of a segment: the graph, the program, its slab calls, and the whole nodes' random states."""
 
     graph: RowGraph
-    program: SegmentProgram
+    program: Segment
     prepared: Prepared
     random: dict[int, Any] = field(default_factory=dict)
 

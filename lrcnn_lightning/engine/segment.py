@@ -29,13 +29,13 @@ from lrcnn_lightning.engine.record import (
 )
 from lrcnn_lightning.engine.rows import Carries, RowLoop, run_node
 from lrcnn_lightning.errors import DoubleBackwardError
-from lrcnn_lightning.planning.program import (
+from lrcnn_lightning.planning.steps import (
     BackwardRows,
     BackwardWhole,
     Free,
     FreeGradient,
     RunRows,
-    SegmentProgram,
+    Segment,
     Sweep,
 )
 from lrcnn_lightning.rules import Axes
@@ -265,7 +265,7 @@ def _sources(ctx: Any, kept: dict[int, Any]) -> dict[int, Tensor] | None:
     return sources
 
 
-def _as_result(tensor: Tensor, store: dict[int, Any], program: SegmentProgram) -> Tensor:
+def _as_result(tensor: Tensor, store: dict[int, Any], program: Segment) -> Tensor:
     """An output as no view, which autograd would not allow to be changed in place.
 
     It is copied where its memory is also that of something kept, since a change of it would not be noticed.

@@ -25,9 +25,11 @@ from dataclasses import replace
 
 from lrcnn_lightning.graph import draws
 from lrcnn_lightning.planning.groups import groups
-from lrcnn_lightning.planning.loop import BackwardPass, Loop, closure, make_loop
-from lrcnn_lightning.planning.memo import Memo
-from lrcnn_lightning.planning.program import (
+from lrcnn_lightning.planning.loop import BackwardPass, Loop, closure
+from lrcnn_lightning.planning.loops import Loops
+from lrcnn_lightning.planning.residency import Residencies
+from lrcnn_lightning.planning.restore import Restores
+from lrcnn_lightning.planning.steps import (
     BackwardRows,
     BackwardWhole,
     Effect,
@@ -35,42 +37,40 @@ from lrcnn_lightning.planning.program import (
     FreeGradient,
     RunRows,
     RunWhole,
-    SegmentProgram,
+    Segment,
     Step,
     Sweep,
     reads_of,
     writes_of,
 )
-from lrcnn_lightning.planning.residency import Residencies
-from lrcnn_lightning.planning.restore import Restores
-from lrcnn_lightning.rules import Interval, Role, RowGraph, RowRule
+from lrcnn_lightning.rules import Interval, Role, RowRule
 
-__all__ = ["ProgramBuilder"]
+__all__ = ["SegmentBuilder"]
 
 
-class ProgramBuilder:
+class SegmentBuilder:
     """Builds the program of one segment from its nodes, residencies, rows and halo policies."""
 
     def __init__(
         self,
-        graph: RowGraph,
+        loops: Loops,
         name: str,
         nodes: Sequence[int],
         outputs: Collection[int],
         residencies: Residencies,
-        rows: int | Sequence[int],
+        rows: int,
         carried: Collection[int],
         chunks: Sequence[Interval],
         differentiable: Collection[int],
         on_demand: bool = False,
         balanced: bool = False,
-        memo: Memo | None = None,
     ) -> None:
-        self.graph, self.name = graph, name
+        graph = loops.graph
+        self.loops, self.graph, self.name = loops, graph, name
         self.nodes = tuple(nodes)
         self._members = frozenset(nodes)
         self.residencies, self.on_demand, self.balanced = residencies, on_demand, balanced
-        self.rows, self.carried, self.chunks, self.memo = rows, carried, tuple(chunks), memo
+        self.rows, self.carried, self.chunks = rows, carried, tuple(chunks)
         self.differentiable = differentiable
         inside = {output for position in nodes for output in graph.nodes[position].outputs}
         self.inside = inside
@@ -81,11 +81,11 @@ class ProgramBuilder:
         self._maps = {index for index in (*self.inputs, *inside) if graph.is_map(index)}
         self._forward_draft: tuple[list[Step], list[Loop]] | None = None
         self._draft: tuple[Restores, dict[str, set[int]]] | None = None
-        self._with_room: dict[tuple[int, ...], SegmentProgram] = {}
+        self._with_room: dict[tuple[int, ...], Segment] = {}
 
     # ---------------------------------------------------------------- forward
 
-    def build(self, training: bool, room: Sequence[int] | None = None) -> SegmentProgram:
+    def build(self, training: bool, room: Sequence[int] | None = None) -> Segment:
         """The program; without ``training`` there is no backward pass and nothing is kept.
 
         ``room``: bytes, at each step of the backward pass but those that restore maps, that maps may take which are
@@ -109,7 +109,7 @@ class ProgramBuilder:
         kept = tuple(sorted(at_hand & needed))
         return self._program(forward, self._with_backward_frees(steps), kept, frozenset(self.differentiable))
 
-    def with_room(self, room: Sequence[int]) -> SegmentProgram:
+    def with_room(self, room: Sequence[int]) -> Segment:
         """The program of a training step, with maps restored early as far as there is ``room`` (see `build`)."""
         most = sum(self.graph.values[value].bytes for value in self._by_rows)
         key = tuple(min(left, most) for left in room)
@@ -124,8 +124,8 @@ class ProgramBuilder:
 
     def _program(
         self, forward: Sequence[Step], backward: Sequence[Step], kept: tuple[int, ...], differentiable: frozenset[int]
-    ) -> SegmentProgram:
-        return SegmentProgram(
+    ) -> Segment:
+        return Segment(
             self.name,
             self.nodes,
             self.inputs,
@@ -148,8 +148,8 @@ class ProgramBuilder:
         further: Collection[int] = (),
     ) -> Loop:
         """A loop, divided as all loops of the segment are; ``further`` are targets that are not stored."""
-        divided = (self.rows, self.carried, self.chunks, self.balanced, self.memo)
-        return make_loop(self.graph, name, nodes, sources, stored, reductions, further, *divided)
+        divided = (self.rows, self.carried, self.chunks, self.balanced)
+        return self.loops.make(name, nodes, sources, stored, reductions, further, *divided)
 
     def _levels(self) -> tuple[dict[int, int], dict[int, int]]:
         """Per value: the level whose loop makes it (maps), or before which it is there (whole values). Per node too.

@@ -1,26 +1,25 @@
-"""A plan as plain data, and its choices from such data."""
+"""A program as plain data, and its choices from such data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from lrcnn_lightning.errors import PlanError
+from lrcnn_lightning.planning.choices import Choices, Heights, Part
 from lrcnn_lightning.planning.keeping import KEEPINGS, Keeping
+from lrcnn_lightning.planning.program import Program
 from lrcnn_lightning.planning.residency import Residency
 from lrcnn_lightning.rules import RowGraph
-
-if TYPE_CHECKING:
-    from lrcnn_lightning.planning.plan import Choices, Plan
 
 __all__ = ["as_data", "choices_of"]
 
 
-def as_data(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON-ready data."""
-    graph, choices = plan.graph, plan.explicit
+def as_data(program: Program) -> dict[str, Any]:
+    """The choices of a program and what follows from them, as JSON-ready data."""
+    graph, choices = program.graph, program.explicit
     return {
-        "mode": plan.mode,
+        "mode": program.mode,
         "axis": graph.axis,
         "rows": choices.rows,
         "rows_where_needed": choices.rows_where_needed,
@@ -36,15 +35,11 @@ def as_data(plan: Plan) -> dict[str, Any]:
             for part in choices.parts
         ],
         "exceptions": {graph.value_names[value]: str(residency) for value, residency in choices.exceptions},
-        "training": plan.training,
-        "peak_bytes": plan.peak_bytes,
-        "plain_peak_bytes": plan.plain_peak_bytes,
-        "overhead": plan.overhead,
+        "training": program.training,
         "inputs": {v.name: list(v.shape) for v in graph.graph.inputs},
         "residency": {
-            graph.value_names[i]: str(r) for segment in plan.segments for i, r in segment.residencies.items()
+            graph.value_names[i]: str(r) for segment in program.segments for i, r in segment.residencies.items()
         },
-        "schedule": [str(line) for line in plan.schedule],
     }
 
 
@@ -53,8 +48,6 @@ def choices_of(data: Mapping[str, Any], graph: RowGraph) -> Choices:
 
     Raises `PlanError` where the data does not fit.
     """
-    from lrcnn_lightning.planning.plan import Choices, Heights, Part
-
     positions = {name: position for position, name in enumerate(graph.node_names)}
     parts = []
     for number, given in enumerate(data["segments"]):

@@ -8,19 +8,16 @@ computed again).
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lrcnn_lightning.config import RowConfig, format_count, format_size
-from lrcnn_lightning.planning.machine import Machine
-from lrcnn_lightning.planning.memo import Memo
-from lrcnn_lightning.planning.plan import Choices, build_plan, plain_plan
+from lrcnn_lightning.planning.choices import Choices
+from lrcnn_lightning.planning.planner import Planner, plain_plan
+from lrcnn_lightning.planning.problem import Problem
 from lrcnn_lightning.planning.search import search_plans
-from lrcnn_lightning.rules import RowGraph
 
 __all__ = ["Frontier", "Point", "find_frontier"]
 
@@ -95,24 +92,20 @@ class Frontier:
         figure.savefig(path, dpi=130)
 
 
-def find_frontier(
-    graph: RowGraph, leaves: Collection[int], training: bool, config: RowConfig, device: torch.device
-) -> Frontier:
+def find_frontier(problem: Problem, config: RowConfig) -> Frontier:
     """Search with several limits on the extra work, and keep what is worth having."""
-    machine = Machine.of(device)
-    plain = plain_plan(graph, leaves, training, machine)
+    planner, plain = Planner(problem), plain_plan(problem)
     start = Point(plain.peak_bytes, 0.0, "plain PyTorch")
     tried: dict[Choices, tuple[float, float]] = {}
-    memo = Memo()
     for overhead in _OVERHEADS:
-        search_plans(graph, leaves, training, config, machine, None, overhead, tried, memo)
+        search_plans(planner, config, None, overhead, tried)
     allowed = {choices: cost for choices, cost in tried.items() if math.isfinite(cost[0])}
     rows = [Point(int(peak), seconds / plain.cost.seconds - 1, _words(c)) for c, (peak, seconds) in allowed.items()]
     checkpoints = []
-    for segments in _CHECKPOINTS if training else ():
-        made = build_plan(graph, leaves, training, Choices("overlap", 1, segments, 1, "borders"), machine, memo)
-        if made.oversized is None:
-            checkpoints.append(Point(made.peak_bytes, made.overhead, format_count(segments, "segment")))
+    for segments in _CHECKPOINTS if problem.training else ():
+        plan = planner.plan(Choices("overlap", 1, segments, 1, "borders"))
+        if planner.oversized(plan) is None:
+            checkpoints.append(Point(plan.peak_bytes, plan.overhead, format_count(segments, "segment")))
     chosen = [point for point in _best([*rows, start]) if point is not start]
     return Frontier(tuple(_thinned(chosen)), tuple(_best(checkpoints)), start)
 

@@ -14,22 +14,21 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from lrcnn_lightning.errors import PlanError
 from lrcnn_lightning.graph import references
 from lrcnn_lightning.planning.footprint import Footprints
+from lrcnn_lightning.planning.halos import Row
 from lrcnn_lightning.planning.loop import Loop
-from lrcnn_lightning.planning.memo import Memo
-from lrcnn_lightning.planning.program import RunWhole, SegmentProgram
+from lrcnn_lightning.planning.problem import Problem
+from lrcnn_lightning.planning.program import Program
+from lrcnn_lightning.planning.steps import RunWhole, Segment
 from lrcnn_lightning.rules import Interval, Role, RowGraph, RowRule
 
-if TYPE_CHECKING:
-    from lrcnn_lightning.planning.plan import Plan
-
-__all__ = ["Large", "check_limit", "find_oversized", "largest_map", "largest_of_loop"]
+__all__ = ["Large", "Limit", "check_limit", "largest_map"]
 
 _ON_THE_WAY = 8
 """A tensor that an operation makes on the way has at most so many times the elements of the largest in the graph."""
@@ -61,21 +60,37 @@ def largest_map(graph: RowGraph) -> int:
     return max((value.elements for value in graph.values if graph.is_map(value.index)), default=0)
 
 
-def find_oversized(plan: Plan) -> Large | None:
-    """The largest tensor that an operation of a plan has, if it has more elements than the machine allows."""
-    most, graph = plan.machine.most_elements, plan.graph
-    if _ON_THE_WAY * max((value.elements for value in graph.values), default=0) <= most:
-        return None
-    if plan.mode == "plain":
-        return _plain_oversized(graph, most)
-    footprints, memo = Footprints.of(graph, plan.differentiable, plan.machine), plan.memo or Memo()
-    found = [_whole(graph, footprints, position) for position in plan.prologue]
-    for segment in plan.segments:
-        found += [_whole(graph, footprints, position) for position in _run_whole(segment)]
-        found += [largest_of_loop(graph, footprints, loop, memo) for loop in segment.loops()]
-    found += _added_up(graph, plan.segments, plan.differentiable)
-    largest = max(found, key=lambda large: large.elements, default=None)
-    return largest if largest is not None and largest.elements > most else None
+class Limit:
+    """The limit in the programs of one problem; what was found of a loop is remembered."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self._footprints = Footprints.of(problem.graph, problem.differentiable, problem.machine)
+        self._largest: dict[Any, tuple[Large, tuple[Row, ...]]] = {}
+        """By the ``id`` of a loop's rows (which are kept) and its samples."""
+
+    def oversized(self, program: Program) -> Large | None:
+        """The largest tensor that an operation of a program has, if it has more elements than the machine allows."""
+        most, graph = self.problem.machine.most_elements, self.problem.graph
+        if _ON_THE_WAY * max((value.elements for value in graph.values), default=0) <= most:
+            return None
+        if program.mode == "plain":
+            return _plain_oversized(graph, most)
+        tensors = [_whole(graph, self._footprints, position) for position in self.problem.prologue]
+        for segment in program.segments:
+            tensors += [_whole(graph, self._footprints, position) for position in _run_whole(segment)]
+            tensors += [self.largest(loop) for loop in segment.loops()]
+        tensors += _added_up(graph, program.segments, self.problem.differentiable)
+        largest = max(tensors, key=lambda large: large.elements, default=None)
+        return largest if largest is not None and largest.elements > most else None
+
+    def largest(self, loop: Loop) -> Large:
+        """The largest tensor that an operation has on any row and chunk of a loop."""
+        samples = max(chunk.length for chunk in loop.chunks)
+        key: Any = (id(loop.rows), samples)
+        if key not in self._largest:
+            self._largest[key] = _largest_of_loop(self.problem.graph, self._footprints, loop, samples), loop.rows
+        return self._largest[key][0]
 
 
 def _plain_oversized(graph: RowGraph, most: int) -> Large | None:
@@ -85,23 +100,23 @@ def _plain_oversized(graph: RowGraph, most: int) -> Large | None:
     return largest if largest is not None and largest.elements > most else None
 
 
-def check_limit(plan: Plan) -> None:
-    """Prove that no operation of a plan has a tensor that is too large. Raises `PlanError` for one that has."""
-    large = plan.oversized
+def check_limit(program: Program) -> None:
+    """Prove that no operation of a program has a tensor that is too large. Raises `PlanError` for one that has."""
+    large = Limit(program.problem).oversized(program)
     if large is None:
         return
-    graph, most = plan.graph, plan.machine.most_elements
+    graph, most, choices = program.graph, program.machine.most_elements, program.choices
     many = f"allowed are {most:,} elements, since kernels count them in 32 bits"
     if not large.by_rows:
         raise PlanError(
             f"{large.described(graph)}, and runs on full maps; {many}. No number of rows helps; what does: a smaller "
             "image or batch, or to leave this operation out of what runs row by row"
         )
-    rows = -(-plan.choices.rows * large.elements // most)
+    rows = -(-choices.rows * large.elements // most)
     height = graph.height(graph.nodes[large.node].outputs[0])
     advice = f"rows={rows} or more, rows='auto'," if rows <= height else "a narrower image,"
     raise PlanError(
-        f"{large.described(graph)}, with rows={plan.choices.rows} and batch_chunks={plan.chunks}; {many}. What helps: "
+        f"{large.described(graph)}, with rows={choices.rows} and batch_chunks={program.chunks}; {many}. What helps: "
         f"{advice} more batch_chunks where a batch can be divided, or a smaller image or batch"
     )
 
@@ -124,7 +139,7 @@ def _whole(graph: RowGraph, footprints: Footprints, position: int) -> Large:
     return named if passing <= named.elements else Large(passing, position, (), False)
 
 
-def _run_whole(segment: SegmentProgram) -> Iterator[int]:
+def _run_whole(segment: Segment) -> Iterator[int]:
     """The nodes of a segment that run on full tensors."""
     if segment.plain:
         yield from segment.nodes
@@ -132,9 +147,7 @@ def _run_whole(segment: SegmentProgram) -> Iterator[int]:
         yield from (step.node for step in segment.forward if isinstance(step, RunWhole))
 
 
-def _added_up(
-    graph: RowGraph, segments: Collection[SegmentProgram], differentiable: Collection[int]
-) -> Iterator[Large]:
+def _added_up(graph: RowGraph, segments: Collection[Segment], differentiable: Collection[int]) -> Iterator[Large]:
     """Gradients of border maps that autograd gets from several sides, and adds up whole."""
     sides = Counter(ref.index for ref in references(graph.graph.outputs))
     for segment in segments:
@@ -146,15 +159,6 @@ def _added_up(
         if count > 1 and value in differentiable and graph.is_map(value):
             info = graph.values[value]
             yield Large(info.elements, _named_by(graph, value), info.shape, False)
-
-
-def largest_of_loop(graph: RowGraph, footprints: Footprints, loop: Loop, memo: Memo) -> Large:
-    """The largest tensor that an operation has on any row and chunk of a loop."""
-    samples = max(chunk.length for chunk in loop.chunks)
-    key: Any = (id(loop.rows), samples)
-    if key not in memo.largest:
-        memo.largest[key] = _largest_of_loop(graph, footprints, loop, samples), loop.rows
-    return memo.largest[key][0]
 
 
 def _largest_of_loop(graph: RowGraph, footprints: Footprints, loop: Loop, samples: int) -> Large:

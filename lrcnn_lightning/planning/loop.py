@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from lrcnn_lightning.planning.halos import Row, row_intervals
-from lrcnn_lightning.planning.memo import Memo
+from lrcnn_lightning.planning.halos import Row
 from lrcnn_lightning.rules import Interval, Role, RowGraph
 
-__all__ = ["BackwardPass", "Loop", "LoopRun", "balanced_cuts", "closure", "even_cuts", "make_loop", "redivide"]
+__all__ = ["BackwardPass", "Loop", "LoopRun", "balanced_cuts", "closure", "even_cuts"]
 
 
 @dataclass(frozen=True)
@@ -171,69 +170,3 @@ def closure(graph: RowGraph, targets: Collection[int], available: Collection[int
         found.add(position)
         pending.extend(graph.nodes[position].inputs)
     return tuple(sorted(found)), sources
-
-
-def make_loop(
-    graph: RowGraph,
-    name: str,
-    nodes: Sequence[int],
-    sources: Collection[int],
-    stored: Collection[int],
-    reductions: Sequence[int],
-    extra_targets: Collection[int],
-    rows: int | Sequence[int],
-    carried: Collection[int],
-    chunks: Sequence[Interval],
-    balanced: bool = False,
-    memo: Memo | None = None,
-) -> Loop:
-    """Put a loop together; ``rows`` is a number of rows, even or ``balanced``, or the cuts of the tallest target.
-
-    With a ``memo`` loops that are equal are one object.
-    """
-    reduced = [graph.nodes[position].inputs[0] for position in reductions]
-    targets = tuple(sorted({*stored, *reduced, *extra_targets}))
-    height = max(graph.height(target) for target in targets)
-    lowest = min(graph.height(target) for target in targets)
-    cuts = even_cuts(height, min(rows, lowest)) if isinstance(rows, int) else tuple(rows)
-    mine = frozenset(carried) & frozenset(nodes)
-    balanced = balanced and isinstance(rows, int) and len(cuts) > 1
-    key = (tuple(nodes), targets, cuts, mine, balanced)
-    known = None if memo is None else memo.rows.get(key)
-    if known is None:
-        table = row_intervals(graph, nodes, targets, cuts, mine)
-        if balanced:
-            cuts = balanced_cuts(graph, cuts, table)
-            table = row_intervals(graph, nodes, targets, cuts, mine)
-        if memo is not None:
-            memo.rows[key] = cuts, table
-    else:
-        cuts, table = known
-    read = set(sources) | {index for row in table for index in row.reads}
-    made = Loop(
-        name,
-        key[0],
-        tuple(sorted(read)),
-        targets,
-        tuple(sorted(stored)),
-        tuple(reductions),
-        cuts,
-        table,
-        mine,
-        tuple(chunks),
-    )
-    if memo is None:
-        return made
-    return memo.loops.setdefault((id(table), name, made.sources, made.stored, made.reductions, made.chunks), made)
-
-
-def redivide(graph: RowGraph, loop: Loop, rows: int, memo: Memo | None = None) -> Loop:
-    """The same loop in so many even rows."""
-    known = None if memo is None else memo.redivided.get((id(loop), rows))
-    if known is not None:
-        return known[1]
-    parts = (loop.name, loop.nodes, loop.sources, loop.stored, loop.reductions, loop.targets)
-    made = make_loop(graph, *parts, rows, loop.carried, loop.chunks, memo=memo)
-    if memo is not None:
-        memo.redivided[id(loop), rows] = loop, made
-    return made

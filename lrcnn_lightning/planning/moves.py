@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from lrcnn_lightning.config import RowConfig
+from lrcnn_lightning.planning.choices import Choices, Part
+from lrcnn_lightning.planning.cost import Cost
 from lrcnn_lightning.planning.keeping import Keeping
-from lrcnn_lightning.planning.plan import Choices, Part, Plan
 from lrcnn_lightning.planning.price import exchanges
+from lrcnn_lightning.planning.program import Program
 from lrcnn_lightning.planning.segments import cut_points
 from lrcnn_lightning.rules import RowGraph
 
@@ -23,7 +25,7 @@ _EXCHANGED = 4
 class Moves:
     """Plans that differ from one in a single segment, those around the segment of the peak first."""
 
-    def __init__(self, graph: RowGraph, config: RowConfig, start: Plan | None) -> None:
+    def __init__(self, graph: RowGraph, config: RowConfig, start: Program | None) -> None:
         self.config = config
         nodes = [p for s in start.segments if not s.plain and s.backward for p in s.nodes] if start else []
         self.points = cut_points(graph, nodes) if nodes else []
@@ -33,18 +35,18 @@ class Moves:
         self.most_rows = max(_MOST_ROWS, 2 * max(rows, default=1))
         self.samples = graph.input_samples if config.batch_chunks == "auto" and graph.batch_splits else 0
 
-    def of(self, plan: Plan) -> Iterator[Choices]:
-        """The neighbours of a plan."""
-        choices = plan.explicit
+    def of(self, program: Program, cost: Cost) -> Iterator[Choices]:
+        """The neighbours of a program with this cost."""
+        choices = program.explicit
         parts = choices.parts
         if self.barriers:
-            for value, residency in exchanges(plan, _EXCHANGED):
+            for value, residency in exchanges(program, _EXCHANGED):
                 excepted = {**dict(choices.exceptions), value: residency}
                 yield replace(choices, exceptions=tuple(sorted(excepted.items())))
         for chunks in (choices.batch_chunks * 2, choices.batch_chunks // 2):
             if 1 <= chunks <= self.samples:
                 yield replace(choices, batch_chunks=chunks)
-        peak = next((s.nodes[0] for s in plan.segments[plan.cost.peak_segment :] if not s.plain), parts[-1].first)
+        peak = next((s.nodes[0] for s in program.segments[cost.peak_segment :] if not s.plain), parts[-1].first)
         order = sorted(range(len(parts)), key=lambda i: abs(parts[i].first - peak))
         for i in order:
             yield from (replace(choices, parts=(*parts[:i], part, *parts[i + 1 :])) for part in self._others(parts[i]))

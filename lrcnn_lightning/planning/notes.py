@@ -7,13 +7,11 @@ was allowed, because nothing faster was found. Neither is an error: the last bat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lrcnn_lightning.config import RowConfig, format_size
+from lrcnn_lightning.planning.cost import Cost
+from lrcnn_lightning.planning.program import Program
 from lrcnn_lightning.rules import Role
-
-if TYPE_CHECKING:
-    from lrcnn_lightning.planning.plan import Plan
 
 __all__ = ["Note", "notes"]
 
@@ -26,19 +24,19 @@ class Note:
     text: str
 
 
-def notes(plan: Plan, config: RowConfig, budget: int | None) -> tuple[Note, ...]:
-    """In what a plan departs from the configuration; ``budget`` is in bytes."""
-    if plan.mode == "plain":
+def notes(program: Program, cost: Cost, plain: Cost, config: RowConfig, budget: int | None) -> tuple[Note, ...]:
+    """In what a program departs from the configuration; ``plain`` is what plain PyTorch costs, ``budget`` in bytes."""
+    if program.mode == "plain":
         return ()
-    found = [_segments(plan, config), _batch_chunks(plan, config)]
-    if budget is None:
-        found.append(_overhead(plan, config) or _savings(plan))
-    return tuple(note for note in found if note is not None)
+    notes = [_segments(program, config), _batch_chunks(program, config)]
+    if budget is None and program.training:
+        notes.append(_overhead(program, cost, plain, config) or _savings(cost, plain))
+    return tuple(note for note in notes if note is not None)
 
 
-def _segments(plan: Plan, config: RowConfig) -> Note | None:
-    used = sum(1 for segment in plan.segments if not segment.plain and segment.backward)
-    if not plan.training or not isinstance(config.segments, int) or used >= config.segments:
+def _segments(program: Program, config: RowConfig) -> Note | None:
+    used = sum(1 for segment in program.segments if not segment.plain and segment.backward)
+    if not program.training or not isinstance(config.segments, int) or used >= config.segments:
         return None
     return Note(
         "segments",
@@ -47,12 +45,12 @@ def _segments(plan: Plan, config: RowConfig) -> Note | None:
     )
 
 
-def _batch_chunks(plan: Plan, config: RowConfig) -> Note | None:
-    used = plan.chunks
+def _batch_chunks(program: Program, config: RowConfig) -> Note | None:
+    used = program.chunks
     if not isinstance(config.batch_chunks, int) or used >= config.batch_chunks:
         return None
-    reason, advice = f"it has {plan.graph.input_samples}", "a larger batch can be divided more often"
-    if not plan.graph.batch_splits:
+    reason, advice = f"it has {program.graph.input_samples}", "a larger batch can be divided more often"
+    if not program.graph.batch_splits:
         reason, advice = "an operation mixes its samples", "rows are a way to divide the work all the same"
     return Note(
         "batch_chunks",
@@ -61,16 +59,17 @@ def _batch_chunks(plan: Plan, config: RowConfig) -> Note | None:
     )
 
 
-def _overhead(plan: Plan, config: RowConfig) -> Note | None:
-    if not plan.training or plan.overhead <= config.max_overhead:
+def _overhead(program: Program, cost: Cost, plain: Cost, config: RowConfig) -> Note | None:
+    overhead = cost.seconds / plain.seconds - 1
+    if overhead <= config.max_overhead:
         return None
-    given = " or ".join(config.given_choices)
-    freer = f"leave out {given}, so that the planner has more to choose from; " if given else ""
+    fixed = " or ".join(config.given_choices)
+    freer = f"leave out {fixed}, so that the planner has more to choose from; " if fixed else ""
     helps = (
         f"{freer}a memory_budget, for the fastest plan that fits; a larger image, of which rows cost less; or, if that "
-        f"time is acceptable, max_overhead={_rounded_up(plan.overhead):g}"
+        f"time is acceptable, max_overhead={_rounded_up(overhead):g}"
     )
-    if _too_small(plan):
+    if _too_small(program, plain):
         helps = (
             "a larger image; or to run this module plainly, by leaving it out of `modules` or with mode='auto': its "
             "maps are too small for rows to pay, and the calls for a single row take longer than plain PyTorch's step"
@@ -78,24 +77,25 @@ def _overhead(plan: Plan, config: RowConfig) -> Note | None:
     return Note(
         "max_overhead",
         f"no plan was found whose extra work is within max_overhead={config.max_overhead:g}; the one with the least is "
-        f"used: {100 * plan.overhead:+.0f} % predicted, activation peak {format_size(plan.peak_bytes)} (plain PyTorch "
-        f"{format_size(plan.plain_peak_bytes)}). What helps: {helps}",
+        f"used: {100 * overhead:+.0f} % predicted, activation peak {format_size(cost.peak_bytes)} (plain PyTorch "
+        f"{format_size(plain.peak_bytes)}). What helps: {helps}",
     )
 
 
-def _too_small(plan: Plan) -> bool:
+def _too_small(program: Program, plain: Cost) -> bool:
     """Whether the calls for one row, forward, again and backward, take longer than a plain step."""
-    calls = 3 * sum(role in (Role.ROW, Role.REDUCE) for role in plan.graph.roles)
-    return calls * plan.machine.seconds_a_slab > plan.plain_cost.seconds
+    calls = 3 * sum(role in (Role.ROW, Role.REDUCE) for role in program.graph.roles)
+    return calls * program.machine.seconds_a_slab > plain.seconds
 
 
-def _savings(plan: Plan) -> Note | None:
-    if not plan.training or plan.peak_bytes < plan.plain_peak_bytes:
+def _savings(cost: Cost, plain: Cost) -> Note | None:
+    if cost.peak_bytes < plain.peak_bytes:
         return None
+    overhead = cost.seconds / plain.seconds - 1
     return Note(
         "savings",
-        f"rows save no memory here: activation peak {format_size(plan.peak_bytes)} predicted, plain PyTorch "
-        f"{format_size(plan.plain_peak_bytes)}, with {100 * plan.overhead:+.0f} % extra work. What helps: a larger "
+        f"rows save no memory here: activation peak {format_size(cost.peak_bytes)} predicted, plain PyTorch "
+        f"{format_size(plain.peak_bytes)}, with {100 * overhead:+.0f} % extra work. What helps: a larger "
         "max_overhead; a larger image or batch, of which rows save more; or to run this module plainly, by leaving it "
         "out of `modules` or with mode='auto'",
     )

@@ -1,4 +1,4 @@
-"""The picture that explains a plan.
+"""The picture that explains a program.
 
 Left: one column a map, in the order of the network; image rows run down. Each row of the plan has one colour; what it
 computes is filled, what it takes over from the row before (2PS) or computes again (OverL) is hatched. Maps that are
@@ -7,15 +7,15 @@ kept are outlined. Right: live activation memory over one step, as predicted, fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lrcnn_lightning.config import format_size
+from lrcnn_lightning.planning.cost import Cost
 from lrcnn_lightning.planning.loop import Loop
-from lrcnn_lightning.planning.program import RunRows
-
-if TYPE_CHECKING:
-    from lrcnn_lightning.planning.plan import Plan
+from lrcnn_lightning.planning.program import Program
+from lrcnn_lightning.planning.steps import RunRows
 
 __all__ = ["draw"]
 
@@ -23,7 +23,7 @@ _COLUMNS = 48
 """Columns that are drawn at most; of a deeper network, evenly spaced ones."""
 
 
-def draw(plan: Plan, path: str | Path) -> None:
+def draw(program: Program, cost: Cost, plain: Cost, path: str | Path) -> None:
     """Write the picture; the format follows the file's ending."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -31,17 +31,17 @@ def draw(plan: Plan, path: str | Path) -> None:
     figure = Figure(figsize=(15, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     rows_axis, memory_axis = figure.subplots(1, 2, width_ratios=(2.2, 1))
-    _draw_rows(plan, rows_axis)
-    _draw_memory(plan, memory_axis)
-    title = f"{plan.mode}: activation peak {format_size(plan.peak_bytes)}, plain {format_size(plan.plain_peak_bytes)}"
+    _draw_rows(program, rows_axis)
+    _draw_memory(((plain, "plain PyTorch"), (cost, program.mode)), memory_axis)
+    title = f"{program.mode}: activation peak {format_size(cost.peak_bytes)}, plain {format_size(plain.peak_bytes)}"
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
 
 
-def _columns(plan: Plan) -> list[tuple[Loop, int]]:
+def _columns(program: Program) -> list[tuple[Loop, int]]:
     """The loop and node of each column: the last loop of the forward pass that computes a map."""
     found: dict[int, Loop] = {}
-    for segment in plan.segments:
+    for segment in program.segments:
         for step in segment.forward:
             if isinstance(step, RunRows):
                 found.update(dict.fromkeys(step.loop.nodes, step.loop))
@@ -51,15 +51,15 @@ def _columns(plan: Plan) -> list[tuple[Loop, int]]:
     return [(found[position], position) for position in positions]
 
 
-def _draw_rows(plan: Plan, axis: Any) -> None:
+def _draw_rows(program: Program, axis: Any) -> None:
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
-    kept = {i for segment in plan.segments for i in (*segment.kept, *segment.outputs)}
-    columns = _columns(plan)
+    kept = {i for segment in program.segments for i in (*segment.kept, *segment.outputs)}
+    columns = _columns(program)
     for x, (loop, position) in enumerate(columns):
-        value = plan.graph.nodes[position].outputs[0]
-        height = plan.graph.height(value)
+        value = program.graph.nodes[position].outputs[0]
+        height = program.graph.height(value)
         previous = 0
         for r, row in enumerate(loop.rows):
             span = row.spans[position]
@@ -95,14 +95,14 @@ def _draw_rows(plan: Plan, axis: Any) -> None:
     axis.set_xlim(-0.7, len(columns) - 0.3)
     axis.set_ylim(1.01, -0.01)
     axis.set_xticks(range(len(columns)))
-    names = [plan.graph.values[plan.graph.nodes[position].outputs[0]].name for _, position in columns]
+    names = [program.graph.values[program.graph.nodes[position].outputs[0]].name for _, position in columns]
     axis.set_xticklabels(names, rotation=90, fontsize=6)
     axis.set_ylabel("image rows, from top (0) to bottom (1)")
     axis.set_title("rows (one colour each), halos hatched, kept maps outlined", fontsize=9)
 
 
-def _draw_memory(plan: Plan, axis: Any) -> None:
-    for cost, label in ((plan.plain_cost, "plain PyTorch"), (plan.cost, plan.mode)):
+def _draw_memory(costs: Sequence[tuple[Cost, str]], axis: Any) -> None:
+    for cost, label in costs:
         steps = max(len(cost.timeline) - 1, 1)
         axis.fill_between(
             [i / steps for i in range(len(cost.timeline))],

@@ -20,24 +20,25 @@ from lrcnn_lightning.graph.switches import entered
 from lrcnn_lightning.monitor.measure import measured_by
 from lrcnn_lightning.monitor.meter import MemoryMeter
 from lrcnn_lightning.planning.cost import Cost
-from lrcnn_lightning.planning.machine import CPU, Machine
+from lrcnn_lightning.planning.problem import Problem
 from lrcnn_lightning.planning.trial import Autocast, without_data
 from lrcnn_lightning.planning.work import Work
 from lrcnn_lightning.planning.workspace import Workspaces
-from lrcnn_lightning.rules import Role, RowGraph
+from lrcnn_lightning.rules import Role
 
 __all__ = ["plain_cost"]
 
 
-def plain_cost(graph: RowGraph, differentiable: Collection[int], machine: Machine = CPU) -> Cost:
+def plain_cost(problem: Problem) -> Cost:
     """The cost of one step of plain, column-centric execution."""
-    key = frozenset(differentiable), machine.caching, machine.device
+    graph, machine = problem.graph, problem.machine
+    key = problem.differentiable, machine.caching, machine.device
     known: dict[Any, tuple[int, tuple[int, ...]]] = graph.learned.setdefault("plain", {})
     if key not in known:
         workspaces = Workspaces(machine, graph.learned.setdefault("workspaces", {}))
-        known[key] = _memory(graph.captured, differentiable, graph.autocast, workspaces)
+        known[key] = _memory(graph.captured, problem.differentiable, graph.autocast, workspaces)
     peak, timeline = known[key]
-    return Cost(peak, _seconds(graph, differentiable, machine), timeline)
+    return Cost(peak, _seconds(problem), timeline)
 
 
 def _memory(
@@ -147,10 +148,10 @@ def _run(node: Node, store: Mapping[int, Any]) -> tuple[Any, ...]:
     return tuple(result) if isinstance(result, (list, tuple)) else (result,)
 
 
-def _seconds(graph: RowGraph, differentiable: Collection[int], machine: Machine) -> float:
-    work = Work(graph, machine, machine.seconds_a_call)
+def _seconds(problem: Problem) -> float:
+    work = Work(problem.graph, problem.machine, problem.machine.seconds_a_call)
     seconds = 0.0
-    for position, role in enumerate(graph.roles):
+    for position, role in enumerate(problem.graph.roles):
         if role is not Role.PROLOGUE:
-            seconds += work.forward(position) + work.backward_whole(position, differentiable)
+            seconds += work.forward(position) + work.backward_whole(position, problem.differentiable)
     return seconds

@@ -11,22 +11,22 @@ guessed here, from how often each operation of a plan runs, and then the plan is
 from __future__ import annotations
 
 from lrcnn_lightning.planning.loop import closure
-from lrcnn_lightning.planning.plan import Plan
-from lrcnn_lightning.planning.program import BackwardRows, RunRows, SegmentProgram, Sweep
+from lrcnn_lightning.planning.program import Program
 from lrcnn_lightning.planning.residency import KEEP, LEAN, TRANSIENT, Residency
+from lrcnn_lightning.planning.steps import BackwardRows, RunRows, Segment, Sweep
 from lrcnn_lightning.planning.work import Work
 
 __all__ = ["exchanges"]
 
 
-def exchanges(plan: Plan, count: int) -> list[tuple[int, Residency]]:
+def exchanges(program: Program, count: int) -> list[tuple[int, Residency]]:
     """At most ``count`` maps worth keeping, the best first, and as many that are not, in turn."""
-    work = Work(plan.graph, plan.machine, plan.machine.seconds_a_slab * plan.rows)
+    work = Work(program.graph, program.machine, program.machine.seconds_a_slab * program.rows)
     keeps: list[tuple[float, int]] = []
     drops: list[tuple[float, int]] = []
-    for segment in plan.segments:
+    for segment in program.segments:
         if not segment.plain and segment.backward:
-            _price(plan, segment, work, keeps, drops)
+            _price(program, segment, work, keeps, drops)
     best = [(value, KEEP) for _, value in sorted(keeps, reverse=True)[:count]]
     worst = [(value, residency) for _, value in sorted(drops)[:count] for residency in (LEAN, TRANSIENT)]
     result: list[tuple[int, Residency]] = []
@@ -36,9 +36,9 @@ def exchanges(plan: Plan, count: int) -> list[tuple[int, Residency]]:
 
 
 def _price(
-    plan: Plan, segment: SegmentProgram, work: Work, keeps: list[tuple[float, int]], drops: list[tuple[float, int]]
+    program: Program, segment: Segment, work: Work, keeps: list[tuple[float, int]], drops: list[tuple[float, int]]
 ) -> None:
-    graph = plan.graph
+    graph = program.graph
     runs: dict[int, int] = {}
     for step in (*segment.forward, *segment.backward):
         nodes = step.loop.nodes if isinstance(step, (RunRows, Sweep)) else ()

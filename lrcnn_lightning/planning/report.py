@@ -5,17 +5,17 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from lrcnn_lightning.config import format_size
+from lrcnn_lightning.planning.cost import Cost
 from lrcnn_lightning.planning.loop import Loop
 from lrcnn_lightning.planning.memory import PeakMemory
-from lrcnn_lightning.planning.program import RunRows, SegmentProgram
+from lrcnn_lightning.planning.notes import Note
+from lrcnn_lightning.planning.program import Program
+from lrcnn_lightning.planning.simulation import simulated
+from lrcnn_lightning.planning.steps import RunRows, Segment
 from lrcnn_lightning.planning.work import Work
 from lrcnn_lightning.rules import Role, RowGraph
-
-if TYPE_CHECKING:
-    from lrcnn_lightning.planning.plan import Plan
 
 __all__ = ["held_at_peak", "report"]
 
@@ -29,22 +29,22 @@ _POLICY = {
 }
 
 
-def report(plan: Plan) -> str:
-    """The plan as text: what runs by rows, what is kept and why, what runs whole, and the predictions."""
-    lines = [f"plan: {plan.mode}, {_POLICY[plan.mode]}"]
-    inputs = ", ".join(f"{v.name} {list(v.shape)}" for v in plan.graph.graph.inputs)
+def report(program: Program, cost: Cost, plain: Cost, notes: Sequence[Note]) -> str:
+    """A program as text: what runs by rows, what is kept and why, what runs whole, and the predictions."""
+    lines = [f"plan: {program.mode}, {_POLICY[program.mode]}"]
+    inputs = ", ".join(f"{v.name} {list(v.shape)}" for v in program.graph.graph.inputs)
     lines.append(f"  input            {inputs}")
     lines.append(
-        f"  activation peak  {format_size(plan.peak_bytes)} predicted, "
-        f"plain PyTorch {format_size(plan.plain_peak_bytes)}"
-        + (f" ({_times(plan.plain_peak_bytes / plan.peak_bytes)})" if plan.peak_bytes else "")
+        f"  activation peak  {format_size(cost.peak_bytes)} predicted, "
+        f"plain PyTorch {format_size(plain.peak_bytes)}"
+        + (f" ({_times(plain.peak_bytes / cost.peak_bytes)})" if cost.peak_bytes else "")
     )
-    lines.append(f"  extra work       {100 * plan.overhead:+.0f} % predicted")
-    if plan.mode == "plain":
+    lines.append(f"  extra work       {100 * (cost.seconds / plain.seconds - 1):+.0f} % predicted")
+    if program.mode == "plain":
         lines.append("  every operation runs as the module's own forward does; it fits and is predicted to be fastest")
         return "\n".join(lines)
-    lines.append(f"  batch chunks     {plan.chunks}")
-    lines += [f"  note             {note.text}" for note in plan.notes]
+    lines.append(f"  batch chunks     {program.chunks}")
+    lines += [f"  note             {note.text}" for note in notes]
     columns = (
         "segment",
         "operations",
@@ -55,16 +55,16 @@ def report(plan: Plan) -> str:
         "carries",
         "kept, and why",
     )
-    lines.append(_table(columns, [_segment_cells(plan, segment) for segment in plan.segments]))
-    whole = plan.graph.whole_nodes()
+    lines.append(_table(columns, [_segment_cells(program, segment) for segment in program.segments]))
+    whole = program.graph.whole_nodes()
     if whole:
         lines.append("  runs whole (no row rule for what arrives):")
-        work = Work(plan.graph, plan.machine, plan.machine.seconds_a_call)
+        work = Work(program.graph, program.machine, program.machine.seconds_a_call)
         cells = []
         for node in whole:
-            shapes = ", ".join(str(list(plan.graph.values[o].shape)) for o in node.outputs)
-            size = format_size(sum(plan.graph.values[o].bytes for o in node.outputs))
-            share = work.forward(plan.graph.nodes.index(node)) / plan.plain_cost.seconds
+            shapes = ", ".join(str(list(program.graph.values[o].shape)) for o in node.outputs)
+            size = format_size(sum(program.graph.values[o].bytes for o in node.outputs))
+            share = work.forward(program.graph.nodes.index(node)) / plain.seconds
             cells.append((str(node.op), node.module or "the top", shapes, size, f"{100 * share:.1f} %"))
         lines.append(_table(("operation", "at", "makes", "of", "of plain time, forward"), cells))
     return "\n".join(lines)
@@ -94,19 +94,19 @@ def _times(ratio: float) -> str:
     return f"{ratio:.1f} times less" if ratio >= 1 else f"{1 / ratio:.1f} times more"
 
 
-def _segment_cells(plan: Plan, segment: SegmentProgram) -> tuple[str, ...]:
-    graph = plan.graph
+def _segment_cells(program: Program, segment: Segment) -> tuple[str, ...]:
+    graph = program.graph
     names = [node.module or str(node.op) for node in (graph.nodes[p] for p in segment.nodes)]
     span = names[0] if names[0] == names[-1] else f"{names[0]} ... {names[-1]}"
     if segment.plain:
         return segment.name, span, "-", "whole", "-", "-", "-", "-"
     loops = [step.loop for step in segment.forward if isinstance(step, RunRows)]
     if not segment.loops():
-        return segment.name, span, "0", "whole", "-", "-", "-", _kept(plan, segment)
+        return segment.name, span, "0", "whole", "-", "-", "-", _kept(program, segment)
     most = max(segment.loops(), key=lambda loop: len(loop.rows))
     fewest = min(len(loop.rows) for loop in segment.loops())
     rows = str(fewest) if fewest == len(most.rows) else f"{fewest} to {len(most.rows)}"
-    policy = "recomputed" if plan.choices.part(segment.nodes[0]).mode == "overlap" else "from full maps"
+    policy = "recomputed" if program.choices.part(segment.nodes[0]).mode == "overlap" else "from full maps"
     if any(loop.carries for loop in loops):
         policy = "carried"
     carried = sum(_carried_bytes(graph, loop) for loop in loops)
@@ -118,7 +118,7 @@ def _segment_cells(plan: Plan, segment: SegmentProgram) -> tuple[str, ...]:
         _heights(most),
         policy,
         format_size(carried),
-        _kept(plan, segment),
+        _kept(program, segment),
     )
 
 
@@ -129,9 +129,9 @@ def _heights(loop: Loop) -> str:
     return str(shown[0]) if max(heights) - min(heights) <= 1 else ", ".join(map(str, shown))
 
 
-def _kept(plan: Plan, segment: SegmentProgram) -> str:
+def _kept(program: Program, segment: Segment) -> str:
     """What a segment keeps, by the reason, with its bytes."""
-    graph, excepted = plan.graph, dict(plan.choices.exceptions)
+    graph, excepted = program.graph, dict(program.choices.exceptions)
     found: dict[str, list[int]] = {}
     for index in {*segment.kept, *segment.outputs} - {*segment.inputs}:
         if not graph.is_map(index):
@@ -159,17 +159,17 @@ def _carried_bytes(graph: RowGraph, loop: Loop) -> int:
     return int(total)
 
 
-def held_at_peak(plan: Plan) -> str:
+def held_at_peak(program: Program) -> str:
     """What makes the predicted peak: the largest maps by name, and everything else by kind, with their bytes."""
-    memory = PeakMemory(plan.machine)
-    plan.simulated(memory)
+    memory = PeakMemory(program.machine)
+    simulated(program, memory)
     named: dict[str, int] = {}
     for key, size in memory.at_peak.items():
         if key[0] in ("map", "gradient", "borrowed", "received"):
-            node = plan.graph.nodes[plan.graph.producer[key[1]]] if key[1] in plan.graph.producer else None
+            node = program.graph.nodes[program.graph.producer[key[1]]] if key[1] in program.graph.producer else None
             where = f" of {node.module}" if node is not None and node.module else ""
             kind = "" if key[0] == "map" else "gradient of "
-            text = f"{kind}{plan.graph.values[key[1]].name}{where}"
+            text = f"{kind}{program.graph.values[key[1]].name}{where}"
         else:
             text = "carries between rows" if key[0] in ("keep", "carry", "handed") else "slabs of one row"
         named[text] = named.get(text, 0) + size

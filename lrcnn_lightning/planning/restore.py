@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 from lrcnn_lightning.planning.loop import Loop, closure
-from lrcnn_lightning.planning.program import RunRows, Step
+from lrcnn_lightning.planning.steps import RunRows, Step
 from lrcnn_lightning.rules import RowGraph
 
 __all__ = ["Restores"]

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lrcnn_lightning.config import format_count, format_size
 from lrcnn_lightning.errors import PlanError
-from lrcnn_lightning.planning.data import choices_of
-from lrcnn_lightning.planning.limit import check_limit
-from lrcnn_lightning.planning.machine import CPU, Machine
-from lrcnn_lightning.planning.plan import Plan, build_plan, plain_plan
-from lrcnn_lightning.rules import RowGraph
 
-__all__ = ["SavedPlan", "load_plan", "load_plans"]
+__all__ = ["SavedPlan"]
 
 _NEEDED = ("mode", "rows", "batch_chunks", "segments", "peak_bytes", "plain_peak_bytes", "overhead")
 
@@ -42,6 +35,11 @@ class SavedPlan:
             )
         if not isinstance(self.axis, int | None):
             raise PlanError(f"the axis of the plan is {self.axis!r}; allowed is a dimension of the input, such as 2")
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> SavedPlan:
+        """A copy of the data, as a saved plan."""
+        return cls(copy.deepcopy(dict(data)))
 
     @property
     def mode(self) -> str:
@@ -90,52 +88,10 @@ class SavedPlan:
             lines.append(f"  from {part['first']}: {part['mode']}, {rows}, keeping {part['keeping']}")
         return "\n".join(lines)
 
-    def of(self, graph: RowGraph, leaves: Collection[int], training: bool, machine: Machine = CPU) -> Plan:
-        """The plan for a graph.
-
-        Raises `PlanError` where its axis or its operations are not those of the graph, and where an operation would
-        have a tensor that is too large (`limit`).
-        """
-        if self.axis is not None and graph.axis != self.axis:
+    def check_axis(self, axis: int | None) -> None:
+        """Raises `PlanError` where a graph is cut along another axis of the input."""
+        if self.axis is not None and axis != self.axis:
             raise PlanError(
-                f"the plan cuts dimension {self.axis} of the input into rows, and here it is dimension {graph.axis}; "
+                f"the plan cuts dimension {self.axis} of the input into rows, and here it is dimension {axis}; "
                 "leave out `axis`, which is then that of the plan, or make a plan for this axis"
             )
-        if self.mode == "plain":
-            return plain_plan(graph, leaves, training, machine)
-        plan = build_plan(graph, leaves, training, choices_of(self.data, graph), machine)
-        check_limit(plan)
-        return plan
-
-
-def load_plan(given: Plan | SavedPlan | Mapping[str, Any] | str | Path) -> SavedPlan:
-    """A plan, its data, or a JSON file with it, as a saved plan. Raises `PlanError` for anything else."""
-    if isinstance(given, SavedPlan):
-        return given
-    if isinstance(given, Plan):
-        return SavedPlan(given.to_dict())
-    if isinstance(given, Mapping):
-        return SavedPlan(copy.deepcopy(dict(given)))
-    if isinstance(given, (str, Path)):
-        return SavedPlan(_read(given))
-    raise PlanError(f"a plan is a Plan, its data or a JSON file, given was {type(given).__name__}")
-
-
-def load_plans(given: Mapping[str, Any] | str | Path) -> dict[str, SavedPlan]:
-    """Plans by module name, from plans or their data, or from a JSON file. Raises `PlanError` for anything else."""
-    table = _read(given) if isinstance(given, (str, Path)) else given
-    if "peak_bytes" in table:
-        raise PlanError("this is one plan; here plans go by module name, as in {'backbone': plan.to_dict()}")
-    return {name: load_plan(plan) for name, plan in table.items()}
-
-
-def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlanError(f"the plan {str(path)!r} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise PlanError(f"the plan {str(path)!r} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise PlanError(f"the plan {str(path)!r} is not a JSON object")
-    return data

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lrcnn_lightning.errors import PlanError
-from lrcnn_lightning.planning.program import (
+from lrcnn_lightning.planning.program import Program
+from lrcnn_lightning.planning.steps import (
     BackwardRows,
     BackwardWhole,
     Effect,
@@ -26,16 +26,13 @@ from lrcnn_lightning.planning.program import (
     FreeGradient,
     RunRows,
     RunWhole,
-    SegmentProgram,
+    Segment,
     Step,
     Sweep,
     reads_of,
     writes_of,
 )
 from lrcnn_lightning.rules import RowGraph
-
-if TYPE_CHECKING:
-    from lrcnn_lightning.planning.plan import Plan
 
 __all__ = ["Instruction", "instructions", "parse", "validate"]
 
@@ -71,21 +68,21 @@ class Instruction:
         return " ".join(words)
 
 
-def instructions(plan: Plan) -> tuple[Instruction, ...]:
-    """The schedule of a plan: all segments forward, then backward in reverse."""
+def instructions(program: Program) -> tuple[Instruction, ...]:
+    """The schedule of a program: all segments forward, then backward in reverse."""
     result: list[Instruction] = []
-    rows = [segment for segment in plan.segments if not segment.plain]
-    names = plan.graph.value_names
+    rows = [segment for segment in program.segments if not segment.plain]
+    names = program.graph.value_names
     for segment in rows:
         result.append(Instruction(segment.name, "enter", "with", "inputs", writes=_of(names, segment.inputs)))
-        result += [_instruction(plan.graph, names, segment, "forward", step) for step in segment.forward]
+        result += [_instruction(program.graph, names, segment, "forward", step) for step in segment.forward]
         result.append(Instruction(segment.name, "leave", "with", "outputs", reads=_of(names, segment.outputs)))
     for segment in reversed(rows):
         if segment.backward:
             outputs = _of(names, [o for o in segment.outputs if o in segment.differentiable])
             kept = _of(names, segment.kept)
             result.append(Instruction(segment.name, "enter", "with", "gradients", reads=kept, into=outputs))
-            result += [_instruction(plan.graph, names, segment, "backward", step) for step in segment.backward]
+            result += [_instruction(program.graph, names, segment, "backward", step) for step in segment.backward]
     return tuple(result)
 
 
@@ -93,9 +90,7 @@ def _of(names: Sequence[str], values: Iterable[int]) -> tuple[str, ...]:
     return tuple(names[value] for value in values)
 
 
-def _instruction(
-    graph: RowGraph, names: Sequence[str], segment: SegmentProgram, direction: str, step: Step
-) -> Instruction:
+def _instruction(graph: RowGraph, names: Sequence[str], segment: Segment, direction: str, step: Step) -> Instruction:
     reads, writes = _of(names, reads_of(graph, step)), _of(names, writes_of(graph, step))
     if isinstance(step, (RunRows, Sweep)):
         verb, carries = ("sweep", step.loop.name) if isinstance(step, Sweep) else ("rows", "")

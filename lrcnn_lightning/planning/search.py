@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,14 +19,17 @@ import torch
 from lrcnn_lightning.config import RowConfig, format_count, format_size
 from lrcnn_lightning.errors import BudgetError, ConfigError
 from lrcnn_lightning.monitor.measure import without_collector
+from lrcnn_lightning.planning.choices import Choices
 from lrcnn_lightning.planning.keeping import KEEPINGS, Keeping
 from lrcnn_lightning.planning.limit import check_limit, largest_map
 from lrcnn_lightning.planning.machine import Machine
-from lrcnn_lightning.planning.memo import Memo
 from lrcnn_lightning.planning.moves import Moves
 from lrcnn_lightning.planning.notes import notes
-from lrcnn_lightning.planning.plan import Choices, Plan, build_plan, plain_plan
+from lrcnn_lightning.planning.plan import Plan
+from lrcnn_lightning.planning.planner import Planner, plain_plan
+from lrcnn_lightning.planning.problem import Problem
 from lrcnn_lightning.planning.report import held_at_peak
+from lrcnn_lightning.planning.transfer import transferred
 from lrcnn_lightning.rules import RowGraph
 
 __all__ = ["choose_plan", "free_bytes", "search_plans", "usable_bytes"]
@@ -61,20 +64,14 @@ _OUT_OF_MEMORY = " (tools that search for a batch size take this for 'CUDA out o
 """They know a batch that is too large by these words, on every device."""
 
 
-def choose_plan(
-    graph: RowGraph,
-    leaves: Collection[int],
-    training: bool,
-    config: RowConfig,
-    device: torch.device,
-    machine: Machine | None = None,
-) -> Plan:
-    """The plan for a configuration; ``machine`` is that of the device unless given.
+def choose_plan(problem: Problem, config: RowConfig, device: torch.device, others: Iterable[Plan] = ()) -> Plan:
+    """The plan for a configuration; ``device`` is where its memory is, and ``others`` are plans for other sizes, whose
+    decisions it may take over (`transfer`).
 
     Raises `ConfigError` when more rows are asked for than the input has, `BudgetError` when nothing fits a budget, and
     `PlanError` when nothing keeps the limit on what an operation may have (`limit`).
     """
-    machine = machine or Machine.of(device)
+    graph = problem.graph
     height = max(graph.input_height, 1)
     if isinstance(config.rows, int) and config.rows > height:
         shapes = ", ".join(str(list(v.shape)) for v in graph.graph.inputs)
@@ -82,17 +79,16 @@ def choose_plan(
             f"rows={config.rows} is more than the {height} rows of the input (shapes {shapes}): "
             f"allowed are 1 to {height}, or 'auto'"
         )
+    plain = plain_plan(problem)
     if graph.axis is None:  # no input is longer than one
-        return plain_plan(graph, leaves, training, machine)
-    budget = config.budget_bytes
-    if budget == "auto":
-        budget = usable_bytes(device) if config.fits_free_memory else None
-    plain = plain_plan(graph, leaves, training, machine)
+        return plain
+    budget = budget_of(config, device)
     may_be_plain = config.chooses_freely and not graph.communicates and plain.oversized is None
     if may_be_plain and budget is not None and plain.peak_bytes <= budget:
         return plain
-    best = _found(graph, leaves, training, config, machine, budget)
-    if may_be_plain and plain.peak_bytes <= best.peak_bytes:
+    known = transferred(problem, config, budget, others)
+    best = _searched(problem, config, budget) if known is None else known
+    if may_be_plain and best.mode != "plain" and plain.peak_bytes <= best.peak_bytes:
         best = plain
     if budget is not None and best.peak_bytes > budget:
         raise BudgetError(
@@ -106,25 +102,36 @@ def choose_plan(
             best,
             budget,
         )
-    found = notes(best, config, budget)
-    return replace(best, notes=found) if found else best
+    return with_notes(best, config, budget)
 
 
-def _found(
-    graph: RowGraph, leaves: Collection[int], training: bool, config: RowConfig, machine: Machine, budget: int | None
-) -> Plan:
+def budget_of(config: RowConfig, device: torch.device) -> int | None:
+    """The budget in bytes, where there is one."""
+    budget = config.budget_bytes
+    if budget == "auto":
+        return usable_bytes(device) if config.fits_free_memory else None
+    return budget
+
+
+def with_notes(plan: Plan, config: RowConfig, budget: int | None) -> Plan:
+    """The plan with a note on each thing in which it departs from the options."""
+    remarks = notes(plan, plan.cost, plan.plain_cost, config, budget)
+    return replace(plan, notes=remarks) if remarks else plan
+
+
+def _searched(problem: Problem, config: RowConfig, budget: int | None) -> Plan:
     """The best plan, with its memory as it is. Raises `PlanError` where an operation has a tensor that is too large.
 
     On a device that workspaces are tried on, the search takes them from a few heights of rows. Those of the plan that
     it finds are then tried as they are, and where it does not fit with these, another search aims lower.
     """
-    memo, aim = Memo(), budget
+    planner, aim = Planner(problem), budget
     for _ in range(_AIMS):
-        best = search_plans(graph, leaves, training, config, machine, aim, config.max_overhead, memo=memo)
+        best = search_plans(planner, config, aim, config.max_overhead)
         check_limit(best)
-        if machine.device is None or best.mode == "plain":
+        if problem.machine.device is None or best.mode == "plain":
             return best
-        exact = replace(best, machine=replace(machine, interpolates=False))
+        exact = best.on(replace(problem.machine, interpolates=False))
         if budget is None or aim is None or exact.peak_bytes <= budget or best.peak_bytes > aim:
             return exact
         aim = aim * budget // exact.peak_bytes
@@ -132,61 +139,54 @@ def _found(
 
 
 def search_plans(
-    graph: RowGraph,
-    leaves: Collection[int],
-    training: bool,
+    planner: Planner,
     config: RowConfig,
-    machine: Machine,
     budget: int | None,
     max_overhead: float,
     tried: dict[Choices, tuple[float, float]] | None = None,
-    memo: Memo | None = None,
 ) -> Plan:
     """The best plan that is found; ``tried`` takes the peak (bytes) and the work (seconds) of every one tried.
 
-    Several searches in the same graph, for the same machine, are faster with one ``memo``.
+    Several searches are faster with one ``planner``.
     """
-    height = graph.input_height
-    search = _Search(graph, leaves, training, budget, max_overhead, machine, memo or Memo())
+    problem = planner.problem
+    graph, height = problem.graph, problem.graph.input_height
+    search = _Search(planner, budget, max_overhead)
     with without_collector():
-        for options in _stages(graph, config, height, training, machine):
+        for options in _stages(graph, config, height, problem.training, problem.machine):
             search.vary(options)
         search.divide_more(config, height)
         assert search.best is not None
-        if search.best.oversized is None:
+        if planner.oversized(search.best) is None:
             if budget is not None:
-                search.vary(_grid(graph, config, height, training))
+                search.vary(_grid(graph, config, height, problem.training))
                 search.try_dismissed()
             moves = Moves(graph, config, search.best)
             search.refine(moves)
-            if budget is not None and search.best.overhead > _DEAR:
+            if budget is not None and search.overhead > _DEAR:
                 search.refine_the_other_way(moves)
     if tried is not None:
         tried.update(search.tried)
-    return replace(search.best, memo=None)
+    return search.best
 
 
 class _Search:
     """Tries choices around the best ones so far."""
 
-    def __init__(
-        self,
-        graph: RowGraph,
-        leaves: Collection[int],
-        training: bool,
-        budget: int | None,
-        max_overhead: float,
-        machine: Machine,
-        memo: Memo,
-    ) -> None:
-        self.machine, self.memo = machine, memo
-        self.graph, self.leaves, self.training = graph, leaves, training
+    def __init__(self, planner: Planner, budget: int | None, max_overhead: float) -> None:
+        self.planner, self.graph, self.training = planner, planner.problem.graph, planner.problem.training
         self.budget, self.max_overhead = budget, max_overhead
         self.tried: dict[Choices, tuple[float, float]] = {}
         self.dismissed: list[Choices] = []
         self.best: Plan | None = None
-        self.barriers = graph.barriers if training else 0
-        self.plain = plain_plan(graph, leaves, training, machine).cost
+        self.barriers = self.graph.barriers if self.training else 0
+        self.plain = plain_plan(planner.problem).cost
+
+    @property
+    def overhead(self) -> float:
+        """The extra work of the best plan."""
+        assert self.best is not None
+        return self.planner.cost(self.best).seconds / self.plain.seconds - 1
 
     def refine(self, moves: Moves) -> None:
         """Walk from the best plan, and from the best ones with other numbers of segments."""
@@ -208,7 +208,7 @@ class _Search:
         the good ones is long.
         """
         assert self.best is not None
-        other = _Search(self.graph, self.leaves, self.training, None, self.best.overhead, self.machine, self.memo)
+        other = _Search(self.planner, None, self.overhead)
         other.tried, other.best = self.tried, self.best
         other.refine(moves)
         best = min(self.tried, key=lambda choices: self._rank(*self.tried[choices]))
@@ -242,7 +242,7 @@ class _Search:
         while limit > 0 and resting < _RESTS:
             limit -= 1  # so that a walk in circles ends, too
             here = self._priced(*self.tried[current.choices], price)
-            for choices in moves.of(current):
+            for choices in moves.of(current, self.planner.cost(current)):
                 plan = None
                 if choices not in self.tried:
                     limit -= 1
@@ -265,7 +265,7 @@ class _Search:
         improved = True
         while improved and limit > 0:
             improved = False
-            for choices in moves.of(current):
+            for choices in moves.of(current, self.planner.cost(current)):
                 plan = None
                 if choices not in self.tried:
                     limit -= 1
@@ -297,13 +297,14 @@ class _Search:
         return math.log(max(wanted, 1e-12)) + price * math.log(max(limited, 1e-12))
 
     def _made(self, choices: Choices, most_bytes: float = math.inf) -> Plan:
-        return build_plan(self.graph, self.leaves, self.training, choices, self.machine, self.memo, most_bytes)
+        return self.planner.plan(choices, most_bytes)
 
     def _try(self, choices: Choices, most_bytes: float = math.inf) -> Plan:
         """Build and price a plan, and remember it if it is the best one so far."""
         plan = self._made(choices, most_bytes)
-        if plan.oversized is None:
-            self.tried[choices] = plan.cost.peak_bytes, plan.cost.seconds
+        if self.planner.oversized(plan) is None:
+            cost = self.planner.cost(plan)
+            self.tried[choices] = cost.peak_bytes, cost.seconds
         else:
             self.tried[choices] = math.inf, math.inf
         if self.best is None or self._rank(*self.tried[choices]) < self._rank_of(self.best):
@@ -327,13 +328,17 @@ class _Search:
         """Try more chunks and rows, as far as these are free, while operations have tensors that are too large."""
         assert self.best is not None
         rows, samples = self.best.choices.rows, self.graph.input_samples if self.graph.batch_splits else 1
-        if config.batch_chunks == "auto" and self.best.oversized is not None and samples > 1:
+        if config.batch_chunks == "auto" and self._is_oversized() and samples > 1:
             self.vary({"batch_chunks": [samples]})
-        while config.rows == "auto" and rows < height and self.best.oversized is not None:
+        while config.rows == "auto" and rows < height and self._is_oversized():
             rows = min(2 * rows, height)
             self.vary({"rows": [rows]})
-        if self.best.oversized is not None:
+        if self._is_oversized():
             self.vary({"heights": ["balanced"]})
+
+    def _is_oversized(self) -> bool:
+        assert self.best is not None
+        return self.planner.oversized(self.best) is not None
 
     def try_dismissed(self) -> None:
         """Try what seemed to take too long, while nothing fits."""

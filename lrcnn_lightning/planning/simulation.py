@@ -1,4 +1,4 @@
-"""What a plan costs: the peak of its activation memory, and its work, without running it.
+"""A program simulated: the peak of its activation memory, and its work, without running it.
 
 Memory is simulated allocation by allocation, in the order of the schedule: slabs made and dropped, full maps, carries,
 what autograd saves for each recomputed operation, gradient maps, the gradients of parameters while they are summed.
@@ -7,18 +7,20 @@ Work is time on a nominal machine: floating-point operations, bytes moved, and a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
+from lrcnn_lightning.planning.cost import Cost, LoopCost
 from lrcnn_lightning.planning.duration import Durations
 from lrcnn_lightning.planning.loop import BackwardPass, Loop, LoopRun
-from lrcnn_lightning.planning.machine import CPU, Machine
-from lrcnn_lightning.planning.memo import LoopCost, Memo, Passage
 from lrcnn_lightning.planning.memory import Entry, Key, Memory
 from lrcnn_lightning.planning.passage import Passages
-from lrcnn_lightning.planning.program import (
+from lrcnn_lightning.planning.problem import Problem
+from lrcnn_lightning.planning.program import Program
+from lrcnn_lightning.planning.retained import is_parameter
+from lrcnn_lightning.planning.steps import (
     BackwardRows,
     BackwardWhole,
     Effect,
@@ -26,60 +28,77 @@ from lrcnn_lightning.planning.program import (
     FreeGradient,
     RunRows,
     RunWhole,
-    SegmentProgram,
+    Segment,
     Sweep,
 )
-from lrcnn_lightning.planning.retained import is_parameter
 from lrcnn_lightning.planning.wholes import Wholes
-from lrcnn_lightning.rules import RowGraph
 
-__all__ = ["Cost", "program_cost"]
+__all__ = ["Simulator", "simulated"]
 
 
-@dataclass(frozen=True)
-class Cost:
-    """``peak_bytes`` of activation memory, and ``seconds`` of nominal time, of one training step."""
+class Passage(NamedTuple):
+    """What running a loop, or one direction of a segment, costs: bytes that it adds at its peak, seconds, and what it
+    leaves in memory, where storages that were there before have the numbers that they had.
 
-    peak_bytes: int
+    ``name`` is that of the loop, by which its carries are known.
+    """
+
+    added_bytes: int
     seconds: float
-    timeline: tuple[int, ...] = field(default=(), repr=False, compare=False)
-    """Live bytes of activation memory after each allocation of the step."""
-    peak_segment: int = 0
-    """The number of the segment that is run, forward or backward, when the peak is reached."""
-    step_peaks: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
-    """Per segment, by its name: the peak during each step of its backward pass, in bytes. Loops that restore maps are
-    part of the step that follows them."""
-    passages: tuple[tuple[int, tuple[LoopCost, ...]], ...] = field(default=(), repr=False, compare=False)
-    """The loops of each segment, forward and backward, and what else is there while they run, in bytes."""
-
-    @property
-    def loops(self) -> Iterator[LoopCost]:
-        """Of every run of a loop, in order."""
-        for rest, loops in self.passages:
-            for run, fixed, slabs, seconds in loops:
-                yield LoopCost(run, fixed + rest, slabs, seconds)
+    left: tuple[Entry, ...]
+    name: str | None = None
+    loops: tuple[LoopCost, ...] = ()
+    """Of a segment: what its loops cost."""
+    step_peaks: tuple[int, ...] = ()
+    """Of a segment's backward pass: what it adds at the peak during each step, in bytes."""
 
 
-class _Simulation:
-    """Walks a program's schedule."""
+class Simulator:
+    """Prices the programs of one problem. What they have in common is simulated once, so a cost has no timeline."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.durations = Durations(problem.graph, problem.machine, problem.differentiable)
+        self._passages = Passages(problem.graph, problem.differentiable, problem.machine)
+        self._remembered: dict[Any, Passage] = {}
+        """By what is run and whatever else it depends on."""
+        self._costs: WeakKeyDictionary[Program, Cost] = WeakKeyDictionary()
+
+    def cost(self, program: Program) -> Cost:
+        """What a program costs."""
+        cost = self._costs.get(program)
+        if cost is None:
+            memory = Memory(self.problem.machine)
+            walk = _Walk(self.problem, self._passages, self.durations, memory, self._remembered)
+            cost = self._costs[program] = walk.through(program)
+        return cost
+
+
+def simulated(program: Program, memory: Memory | None = None) -> Cost:
+    """The cost of one step of a program, allocation by allocation; ``memory`` may be one that remembers more."""
+    problem = program.problem
+    passages = Passages(problem.graph, problem.differentiable, problem.machine)
+    durations = Durations(problem.graph, problem.machine, problem.differentiable)
+    return _Walk(problem, passages, durations, memory or Memory(problem.machine)).through(program)
+
+
+class _Walk:
+    """Walks the schedule of a program; with ``remembered`` passages, only through what is not among them."""
 
     def __init__(
         self,
-        graph: RowGraph,
-        differentiable: Collection[int],
-        drops: Mapping[int, Sequence[int]],
-        machine: Machine,
-        memory: Memory | None,
-        memo: Memo | None,
+        problem: Problem,
+        passages: Passages,
+        durations: Durations,
+        memory: Memory,
+        remembered: dict[Any, Passage] | None = None,
     ) -> None:
-        self.graph, self.differentiable, self.drops = graph, differentiable, drops
-        known = memo or Memo()
-        self.passages = known.simulated = known.simulated or Passages(graph, differentiable, machine)
-        self.durations = known.durations = known.durations or Durations(graph, machine, differentiable)
-        self.work = self.durations.work
-        self.wholes = Wholes(graph, self.passages.footprints, differentiable)
-        self._work_in(memory or Memory(machine))
-        self.memo = memo
+        self.graph, self.differentiable = problem.graph, problem.differentiable
+        self.passages, self.durations, self.remembered = passages, durations, remembered
+        self.work = durations.work
+        self.wholes = Wholes(self.graph, passages.footprints, self.differentiable)
+        self._work_in(memory)
+        self.drops: Mapping[int, Sequence[int]] = {}
         self.seconds = 0.0
         self.start = 0
         """What was live when the segment that is run began, in bytes."""
@@ -88,6 +107,37 @@ class _Simulation:
         self.loops: list[LoopCost] = []
         """Of the segment that is run."""
         self.segments: list[tuple[int, tuple[LoopCost, ...]]] = []
+
+    def through(self, program: Program) -> Cost:
+        """The cost of a program."""
+        graph, memory, segments, prologue = self.graph, self.memory, program.segments, program.problem.prologue
+        self.drops = program.drops
+        peaks: dict[int, int] = {}  # peak so far -> the segment that was run when it was reached
+        step_peaks: dict[str, tuple[int, ...]] = {}
+        kept = {index for segment in segments for index in segment.kept}
+        if graph.cast_bytes:
+            memory.allocate(("cast",), graph.cast_bytes)
+        self.wholes.plainly(prologue, self.drops)  # the same in every plan, and it counts as no work
+        for number, segment in enumerate(segments):
+            peaks.setdefault(memory.peak, number - 1)
+            self.run_forward(segment)
+            for index in segment.inputs:
+                if program.last_reader.get(index) == number and index not in kept:
+                    memory.free(("map", index))
+        memory.free(("cast",))
+        if self.differentiable:
+            for index in graph.graph.output_values():
+                if index not in kept:
+                    memory.free(("map", index))  # as where a step returns its loss
+                if index in self.differentiable:
+                    memory.allocate(("gradient", index), 0)  # it comes from outside
+            for number, segment in reversed(list(enumerate(segments))):
+                peaks.setdefault(memory.peak, min(number + 1, len(segments) - 1))
+                kept_before = {index for earlier in segments[:number] for index in earlier.kept}
+                step_peaks[segment.name] = self.run_backward(segment, kept_before)
+            self.wholes.differentiate_plainly(prologue)
+        timeline, peak_segment = tuple(memory.timeline), peaks.get(memory.peak, 0)
+        return Cost(memory.peak, self.seconds, timeline, peak_segment, step_peaks, tuple(self.segments))
 
     def _work_in(self, memory: Memory) -> None:
         self.memory = self.passages.memory = self.wholes.memory = memory
@@ -101,10 +151,10 @@ class _Simulation:
         for the loop of which they are, and may be another in each run. Also returned are the bytes that were live
         before.
         """
-        assert self.memo is not None
+        assert self.remembered is not None
         memory = self.memory
         key = (*key, tuple((e.key[2:] if e.key[1] == name else e.key, *e[1:]) for e in given))
-        found = self.memo.passages.get(key)
+        found = self.remembered.get(key)
         if found is None:
             outside = self.start, self.seconds, self.loops, self.step_peaks
             self._work_in(Memory.beginning_with(given, memory.machine))
@@ -113,7 +163,7 @@ class _Simulation:
             peaks = tuple(peak - self.start for peak in self.step_peaks)
             added = self.memory.peak - self.start
             found = Passage(added, self.seconds, self.memory.left(), name, tuple(self.loops), peaks)
-            self.memo.passages[key] = found
+            self.remembered[key] = found
             self._work_in(memory)
             self.start, self.seconds, self.loops, self.step_peaks = outside
         rest = memory.live
@@ -133,28 +183,24 @@ class _Simulation:
             simulate()
             self.seconds += self.durations.of(run)
 
-        if self.memo is None:
+        if self.remembered is None:
             timed()
             return
         found, before = self._once((run.key, carries), given, timed, name)
         stays = self.memory.live - before
         self.loops.append(LoopCost(run, self.memory.live - self.start, found.added_bytes - stays, found.seconds))
 
-    def run_prologue(self, nodes: Sequence[int]) -> None:
-        """Simulate what does not depend on the data: the same in every plan, and it counts as no work."""
-        self.wholes.plainly(nodes, self.drops)
-
-    def run_forward(self, segment: SegmentProgram) -> None:
+    def run_forward(self, segment: Segment) -> None:
         """Simulate the forward pass of a segment."""
         run = partial(self._plainly if segment.plain else self._forward, segment)
-        if self.memo is None:
+        if self.remembered is None:
             run()
             return
         given = self.memory.given(self.memory.of("map", segment.inputs))
         found, rest = self._once((segment, "forward"), given, run)
         self.segments.append((rest, found.loops))
 
-    def run_backward(self, segment: SegmentProgram, kept_before: Collection[int]) -> tuple[int, ...]:
+    def run_backward(self, segment: Segment, kept_before: Collection[int]) -> tuple[int, ...]:
         """Simulate the backward pass of a segment: the peak during each step of it, in bytes.
 
         ``kept_before``: what earlier segments keep for their own backward pass, which comes later.
@@ -164,7 +210,7 @@ class _Simulation:
         run = partial(self._differentiate_plainly, segment)
         if not segment.plain:
             run = partial(self._backward, segment, kept)
-        if self.memo is None:
+        if self.remembered is None:
             self.step_peaks = []
             run()
             return tuple(self.step_peaks)
@@ -178,11 +224,11 @@ class _Simulation:
 
     # ---------------------------------------------------------------- plainly
 
-    def _plainly(self, segment: SegmentProgram) -> None:
+    def _plainly(self, segment: Segment) -> None:
         self.wholes.plainly(segment.nodes, self.drops)
         self.seconds += sum(self.work.forward(position) for position in segment.nodes)
 
-    def _differentiate_plainly(self, segment: SegmentProgram) -> None:
+    def _differentiate_plainly(self, segment: Segment) -> None:
         self.wholes.differentiate_plainly(segment.nodes)
         self.seconds += sum(self._backward_seconds(position) for position in segment.nodes)
 
@@ -191,7 +237,7 @@ class _Simulation:
 
     # ---------------------------------------------------------------- forward
 
-    def _forward(self, segment: SegmentProgram) -> None:
+    def _forward(self, segment: Segment) -> None:
         for step in segment.forward:
             if isinstance(step, RunRows):
                 self._rows(step.loop, step.kept_carries, stored=True)
@@ -221,7 +267,7 @@ class _Simulation:
         simulate = partial(self.passages.backward_rows, run, dropped)
         self._loop(LoopRun(run.loop, backward=run, made=made), dropped is None, dropped, given, simulate)
 
-    def _backward(self, segment: SegmentProgram, kept_before: Collection[int]) -> None:
+    def _backward(self, segment: Segment, kept_before: Collection[int]) -> None:
         graph, memory = self.graph, self.memory
         memory.mark()
         received = [index for index in segment.inputs if ("gradient", index) in memory]
@@ -265,7 +311,7 @@ class _Simulation:
                 memory.free(("gradient", index))
                 memory.rename(("received", index), ("gradient", index))
 
-    def _borrow(self, segment: SegmentProgram, values: Collection[int]) -> None:
+    def _borrow(self, segment: Segment, values: Collection[int]) -> None:
         """The gradient of an output is autograd's, for as long as the segment runs: what adds to it makes a copy."""
         memory = self.memory
         for value in values:
@@ -285,55 +331,4 @@ def _of_loop(passage: Passage, name: str | None) -> tuple[Entry, ...]:
     return tuple(
         entry._replace(key=(entry.key[0], name, *entry.key[2:])) if entry.key[1] == passage.name else entry
         for entry in passage.left
-    )
-
-
-def program_cost(
-    graph: RowGraph,
-    prologue: Sequence[int],
-    segments: Sequence[SegmentProgram],
-    drops: Mapping[int, Sequence[int]],
-    differentiable: Collection[int],
-    last_reader: Mapping[int, int],
-    machine: Machine = CPU,
-    memory: Memory | None = None,
-    memo: Memo | None = None,
-) -> Cost:
-    """The cost of one step of a program; ``memory`` may be one that remembers more.
-
-    With a ``memo`` of what other plans of the graph cost it is found sooner, but has no timeline.
-    """
-    simulation = _Simulation(graph, differentiable, drops, machine, memory, memo)
-    memory = simulation.memory
-    peaks: dict[int, int] = {}  # peak so far -> the segment that was run when it was reached
-    step_peaks: dict[str, tuple[int, ...]] = {}
-    kept = {index for segment in segments for index in segment.kept}
-    if graph.cast_bytes:
-        memory.allocate(("cast",), graph.cast_bytes)
-    simulation.run_prologue(prologue)
-    for number, segment in enumerate(segments):
-        peaks.setdefault(memory.peak, number - 1)
-        simulation.run_forward(segment)
-        for index in segment.inputs:
-            if last_reader.get(index) == number and index not in kept:
-                memory.free(("map", index))
-    memory.free(("cast",))
-    if differentiable:
-        for index in graph.graph.output_values():
-            if index not in kept:
-                memory.free(("map", index))  # as where a step returns its loss
-            if index in differentiable:
-                memory.allocate(("gradient", index), 0)  # it comes from outside
-        for number, segment in reversed(list(enumerate(segments))):
-            peaks.setdefault(memory.peak, min(number + 1, len(segments) - 1))
-            kept_before = {index for earlier in segments[:number] for index in earlier.kept}
-            step_peaks[segment.name] = simulation.run_backward(segment, kept_before)
-        simulation.wholes.differentiate_plainly(prologue)
-    return Cost(
-        memory.peak,
-        simulation.seconds,
-        tuple(memory.timeline),
-        peaks.get(memory.peak, 0),
-        step_peaks,
-        tuple(simulation.segments),
     )

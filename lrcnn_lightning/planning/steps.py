@@ -17,7 +17,7 @@ __all__ = [
     "FreeGradient",
     "RunRows",
     "RunWhole",
-    "SegmentProgram",
+    "Segment",
     "Step",
     "Sweep",
     "drops_of",
@@ -93,7 +93,7 @@ Step = RunRows | RunWhole | Effect | Sweep | BackwardRows | BackwardWhole | Free
 
 
 @dataclass(frozen=True, eq=False)
-class SegmentProgram:
+class Segment:
     """One segment.
 
     ``inputs`` and ``outputs`` are values at its borders (inputs include parameters and prologue values); ``kept`` are

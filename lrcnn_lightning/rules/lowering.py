@@ -69,6 +69,15 @@ class RowGraph:
         return {}
 
     @cached_property
+    def skeleton(self) -> tuple[Any, ...]:
+        """What it is but for the sizes of its values: equal for graphs of one module on inputs of two sizes, unless its
+        code does something else for one of them.
+        """
+        nodes = tuple((node.name, node.op, node.inputs, node.outputs) for node in self.nodes)
+        values = tuple((value.name, value.dtype, len(value.shape)) for value in self.values)
+        return nodes, values, self.roles, self.axis, self.batch_splits, self.autocast
+
+    @cached_property
     def producer(self) -> dict[int, int]:
         """Value -> position of the node that computes it."""
         return self.graph.producers()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lrcnn_lightning.planning.plan import Choices
+from lrcnn_lightning.planning.choices import Choices
 from tests.cuda.networks import NETWORKS
 from tests.oracle import assert_exact
 

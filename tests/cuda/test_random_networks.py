@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from lrcnn_lightning.planning.plan import Choices
+from lrcnn_lightning.planning.choices import Choices
 from tests.cuda.conftest import NO_GPU
 from tests.networks import Network, Recipe
 from tests.oracle import assert_exact, no_gradient
