@@ -363,3 +363,40 @@ def test_half_a_step_without_gradients() -> None:
         torch.testing.assert_close(ours(image(5)), plain(image(5)))
     torch.testing.assert_close(ours.moving, plain.moving)
     walk(plain, ours)
+
+
+class Masked(Net):
+    """As the convolutions of a PixelCNN: what must not be seen is set to zero in each call."""
+
+    def prepare(self) -> None:
+        mask = torch.ones(4, 3, 3, 3, dtype=torch.float64)
+        mask[:, :, 1, 2:] = mask[:, :, 2:] = 0
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.a.weight.data *= self.mask
+        return super().forward(x)
+
+
+class MaskedAnew(Masked):
+    def forward(self, x: Tensor) -> Tensor:
+        self.a.weight.data = self.a.weight.data * self.mask
+        return Net.forward(self, x)
+
+
+@pytest.mark.parametrize("kind", [Masked, MaskedAnew])
+def test_a_masked_weight_and_two_calls_before_the_backward_pass(kind: type[Net]) -> None:
+    """The second call wrote into what the first one's backward pass reads, though it changed nothing, and the backward
+    pass ended with an error. A weight that does become another is still noticed.
+    """
+
+    def step(module: nn.Module, x: Tensor) -> Any:
+        (module(x) + module(2 * x)).square().sum().backward()
+
+    plain, ours = twins(kind)
+    walk(plain, ours, step)
+    first = ours(image())
+    ours.a.weight.data.add_(1)
+    ours(image())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        first.sum().backward()

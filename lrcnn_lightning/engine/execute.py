@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lrcnn_lightning.engine.record import CallRecord, SegmentCall
@@ -18,6 +21,8 @@ from lrcnn_lightning.planning.program import Program
 from lrcnn_lightning.rules import RowGraph
 
 __all__ = ["Execution", "live_tensor", "requires_grad_leaves"]
+
+_NONE: Mapping[int, int] = {}
 
 
 def live_tensor(module: nn.Module, name: str) -> Tensor:
@@ -68,6 +73,9 @@ class Execution:
         self._copied = written_buffers(program.graph)
         """Of what, with the random states, there are copies while the plan has not been executed to its end yet."""
         self._drops = program.drops
+        self._writes = _data_writes(program)
+        self._latest: weakref.ref[CallRecord] | None = None
+        """Of the latest call: there for as long as its backward pass may come."""
         self._views = _returned_views(program.graph)
 
     def __call__(self, module: nn.Module, inputs: Sequence[Any]) -> Any:
@@ -89,8 +97,11 @@ class Execution:
     def _run(self, module: nn.Module, inputs: Sequence[Any]) -> Any:
         program, graph = self.program, self.program.graph
         store = _sources(graph.graph, module, _prefixed(graph.graph, module, inputs))
+        is_pending = self._latest is not None and self._latest() is not None
         record = CallRecord()
-        self._run_plainly(program.problem.prologue, store)
+        self._latest = weakref.ref(record)
+        writes = self._writes if is_pending else {}
+        self._run_plainly(program.problem.prologue, store, writes)
         for number, segment in enumerate(program.segments):
             if segment.plain:
                 self._run_plainly(segment.nodes, store)
@@ -113,11 +124,16 @@ class Execution:
         _write(module, graph.graph.writes, leaves[returned:])
         return graph.graph.structure.put_together(leaves[:returned])
 
-    def _run_plainly(self, nodes: Sequence[int], store: dict[int, Any]) -> None:
-        """Run nodes under ordinary autograd, and drop what is not read any more."""
+    def _run_plainly(self, nodes: Sequence[int], store: dict[int, Any], writes: Mapping[int, int] = _NONE) -> None:
+        """Run nodes under ordinary autograd, and drop what is not read any more; ``writes``: which of them change the
+        data of a weight in place, and the value that they write.
+        """
         for position in nodes:
             node = self.program.graph.nodes[position]
-            store.update(zip(node.outputs, run_node(node, store), strict=True))
+            written = store[writes[position]] if position in writes else None
+            with contextlib.nullcontext() if written is None else _changed_if_different(written):
+                results = run_node(node, store)
+            store.update(zip(node.outputs, results, strict=True))
             for index in self._drops.get(position, ()):
                 del store[index]
 
@@ -125,6 +141,31 @@ class Execution:
         """Maps that are returned are copied once one was changed, so that what is kept of the next ones stays."""
         self._copies = self._copies or event == CHANGED_MAP
         self._tell(event)
+
+
+def _data_writes(program: Program) -> dict[int, int]:
+    """The nodes of the prologue that write a parameter or buffer in place, or its data, and the value that they write:
+    ``weight.data.mul_(mask)``.
+    """
+    nodes = {position: program.graph.nodes[position] for position in program.problem.prologue}
+    live = {value.index for value in program.graph.values if value.kind in (ValueKind.PARAMETER, ValueKind.BUFFER)}
+    live.update(node.outputs[0] for node in nodes.values() if node.op is torch.ops.aten.detach.default)
+    written = {position: written_argument(node) for position, node in nodes.items()}
+    return {position: ref.index for position, ref in written.items() if ref is not None and ref.index in live}
+
+
+@contextlib.contextmanager
+def _changed_if_different(tensor: Tensor) -> Iterator[None]:
+    """For autograd a tensor that is written here has changed only if its values are others afterwards.
+
+    Masked convolutions write the same zeros in each call. Where the backward pass of an earlier call is still to come,
+    it would be refused for that.
+    """
+    before = tensor.detach().clone()
+    with torch.autograd._unsafe_preserve_version_counter(tensor):  # type: ignore[attr-defined]
+        yield
+    if not torch.equal(before, tensor):
+        torch.autograd.graph.increment_version(tensor)
 
 
 def _returned_views(graph: RowGraph) -> list[Node]:
