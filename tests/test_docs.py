@@ -22,6 +22,7 @@ from lrcnn_lightning import LRCNNStrategy, RowwiseError, plan, rowwise
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+RESTRICTIONS = (REPOSITORY / "docs" / "restrictions.md").read_text(encoding="utf-8")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -37,15 +38,24 @@ def load(path: str) -> ModuleType:
     return module
 
 
+def anchors(text: str) -> set[str]:
+    """What links to the headings of a page end with."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if target.startswith("#"):
-            headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-            assert target[1:] in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+            assert target[1:] in anchors(text)
         elif "://" not in target:
-            assert (document.parent / target.partition("#")[0]).exists(), target
+            page, _, heading = target.partition("#")
+            assert (document.parent / page).exists(), target
+            if heading:
+                other = (document.parent / page).read_text(encoding="utf-8")
+                assert heading in anchors(other), target
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -61,11 +71,17 @@ def test_the_source_distribution_has_what_the_readme_links_to() -> None:
     included = {*build["sdist"]["only-include"], "README.md", "LICENSE", "pyproject.toml"}
     targets = {target for target in re.findall(r"\]\(([^)#\s]+)", README) if "://" not in target}
     assert {"CHANGELOG.md", "CONTRIBUTING.md"} <= targets
+    assert len(README.splitlines()) <= 200
     assert {target.partition("/")[0] for target in targets} <= included
 
 
-def test_python_code_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    code = blocks(README, "python")
+def test_python_code_of_the_readme_and_its_pages_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    pages = [
+        README,
+        RESTRICTIONS,
+        *((REPOSITORY / "docs" / f"{name}.md").read_text("utf-8") for name in ("callback", "options")),
+    ]
+    code = [block for page in pages for block in blocks(page, "python")]
     assert len(code) == 5
     for block in code:
         exec(compile(block, "README.md", "exec"), {})
@@ -250,8 +266,8 @@ ELSEWHERE = ("row-wise module RecursiveScriptModule",)
 
 
 def documented(beginning: str) -> str:
-    """The README's text of an error, as a pattern; three dots stand for anything."""
-    found = [" ".join(text.split()) for text in blocks(README, "text") if text.startswith(beginning)]
+    """The documented text of an error, as a pattern; three dots stand for anything."""
+    found = [" ".join(text.split()) for text in blocks(RESTRICTIONS, "text") if text.startswith(beginning)]
     assert len(found) == 1, beginning
     return ".*".join(re.escape(part.strip()) for part in found[0].split("..."))
 
@@ -273,5 +289,5 @@ def test_documented_warning(beginning: str) -> None:
 
 def test_every_documented_text_is_checked() -> None:
     checked = (*RAISED, *WARNED, *ELSEWHERE)
-    assert all(text.startswith(checked) for text in blocks(README, "text"))
-    assert len(blocks(README, "text")) == len(checked)
+    assert all(text.startswith(checked) for text in blocks(RESTRICTIONS, "text"))
+    assert len(blocks(RESTRICTIONS, "text")) == len(checked)
