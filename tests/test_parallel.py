@@ -274,12 +274,13 @@ def in_two_processes(folder: Path, scenario: str) -> None:
     if scenario == "one and two":
         synchronised_batch_norm(folder)
         resuming(folder)
+    elif scenario == "sharded":
+        sharded()
     else:
         tasks()
         unused_parameters()
         accumulation_and_clipping()
         budgets(torch.distributed.get_rank())
-        sharded()
     (folder / f"done{torch.distributed.get_rank()}").touch()
 
 
@@ -302,6 +303,11 @@ def free_port() -> int:
 
 def test_two_processes(tmp_path: Path) -> None:
     launch(tmp_path, "two")
+
+
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="PyTorch 2.6 shards parameters on GPUs only")
+def test_two_processes_with_sharded_parameters(tmp_path: Path) -> None:
+    launch(tmp_path, "sharded")
 
 
 def test_one_process_and_two(tmp_path: Path) -> None:

@@ -51,5 +51,5 @@ class Choices:
         """What holds for the segment that begins with the node ``first``."""
         before = [part for part in self.parts if part.first <= first]
         if before:
-            return replace(before[-1], first=first)
+            return before[-1] if before[-1].first == first else replace(before[-1], first=first)
         return Part(first, self.mode, self.rows, self.keeping, self.heights)

@@ -68,11 +68,13 @@ class Limit:
         self._footprints = Footprints.of(problem.graph, problem.differentiable, problem.machine)
         self._largest: dict[Any, tuple[Large, tuple[Row, ...]]] = {}
         """By the ``id`` of a loop's rows (which are kept) and its samples."""
+        elements = max((value.elements for value in problem.graph.values), default=0)
+        self._is_far = _ON_THE_WAY * elements <= problem.machine.most_elements
 
     def oversized(self, program: Program) -> Large | None:
         """The largest tensor that an operation of a program has, if it has more elements than the machine allows."""
         most, graph = self.problem.machine.most_elements, self.problem.graph
-        if _ON_THE_WAY * max((value.elements for value in graph.values), default=0) <= most:
+        if self._is_far:
             return None
         if program.mode == "plain":
             return _plain_oversized(graph, most)

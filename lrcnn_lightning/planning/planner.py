@@ -95,7 +95,7 @@ class Planner:
         builders: dict[int, SegmentBuilder] = {}
         borders = _borders(self.problem.graph, [nodes for nodes, _ in runs])
         for number, ((nodes, kind), outputs) in enumerate(zip(runs, borders, strict=True)):
-            name = f"s{number}"
+            name = f"s{nodes[0]}"  # where it begins: the same whatever is cut before it
             if kind == "plain":
                 segments.append(self._plainly(name, nodes, tuple(outputs)))
             else:
