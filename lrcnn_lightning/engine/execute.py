@@ -16,6 +16,7 @@ from lrcnn_lightning.engine.segment import CHANGED_MAP, run_segment
 from lrcnn_lightning.engine.slabs import Prepared
 from lrcnn_lightning.engine.undo import Before, Undone, draws_numbers, written_buffers
 from lrcnn_lightning.errors import is_out_of_memory
+from lrcnn_lightning.fake import is_fake
 from lrcnn_lightning.graph import Graph, Node, Value, ValueKind, Write, map_refs, views_of, written_argument
 from lrcnn_lightning.planning.program import Program
 from lrcnn_lightning.rules import RowGraph
@@ -144,12 +145,13 @@ class Execution:
 
 
 def _data_writes(program: Program) -> dict[int, int]:
-    """The nodes of the prologue that write a parameter or buffer in place, or its data, and the value that they write:
+    """The nodes of the prologue that write a parameter in place, or its data, and the value that they write:
     ``weight.data.mul_(mask)``.
     """
     nodes = {position: program.graph.nodes[position] for position in program.problem.prologue}
-    live = {value.index for value in program.graph.values if value.kind in (ValueKind.PARAMETER, ValueKind.BUFFER)}
-    live.update(node.outputs[0] for node in nodes.values() if node.op is torch.ops.aten.detach.default)
+    live = {value.index for value in program.graph.values if value.kind is ValueKind.PARAMETER}
+    detached = (node for node in nodes.values() if node.op is torch.ops.aten.detach.default)
+    live.update(node.outputs[0] for node in detached if node.inputs[0] in live)
     written = {position: written_argument(node) for position, node in nodes.items()}
     return {position: ref.index for position, ref in written.items() if ref is not None and ref.index in live}
 
@@ -161,6 +163,9 @@ def _changed_if_different(tensor: Tensor) -> Iterator[None]:
     Masked convolutions write the same zeros in each call. Where the backward pass of an earlier call is still to come,
     it would be refused for that.
     """
+    if is_fake(tensor):  # it has no values
+        yield
+        return
     before = tensor.detach().clone()
     with torch.autograd._unsafe_preserve_version_counter(tensor):  # type: ignore[attr-defined]
         yield

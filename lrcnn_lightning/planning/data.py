@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from lrcnn_lightning.errors import PlanError
 from lrcnn_lightning.planning.choices import Choices, Heights, Part
-from lrcnn_lightning.planning.keeping import KEEPINGS, Keeping
+from lrcnn_lightning.planning.keeping import Keeping
 from lrcnn_lightning.planning.program import Program
 from lrcnn_lightning.planning.residency import Residency
 from lrcnn_lightning.rules import RowGraph
@@ -61,10 +61,9 @@ def choices_of(data: Mapping[str, Any], graph: RowGraph) -> Choices:
                 f"segment {number} of the plan: mode {given['mode']!r}, rows {given['rows']!r}; allowed are the modes "
                 "'two_phase' and 'overlap', and a positive number of rows"
             )
-        if given["keeping"] not in KEEPINGS:
-            raise PlanError(
-                f"segment {number} of the plan: keeping {given['keeping']!r}; allowed are {', '.join(KEEPINGS)}"
-            )
+        if given["keeping"] not in get_args(Keeping):
+            allowed = ", ".join(get_args(Keeping))
+            raise PlanError(f"segment {number} of the plan: keeping {given['keeping']!r}; allowed are {allowed}")
         heights = given.get("heights", "even")
         if heights not in get_args(Heights):
             raise PlanError(f"segment {number} of the plan: heights {heights!r}; allowed are 'even' and 'balanced'")

@@ -11,6 +11,9 @@ into many levels. Then
     read in a later level (the shortcut of a residual block)        TRANSIENT
     anything else (normalised maps, activations)                    STREAM
 
+Where nothing is differentiated, a reduced map may be STREAM in the forward pass, too: it is computed once for its
+moments and once for its use (``nothing``).
+
 These are where the planner begins. Single maps are then excepted from the rule where that pays: kept, because much is
 computed again for want of few bytes, or not kept, because they are many bytes and cheap to compute.
 """
@@ -18,20 +21,24 @@ computed again for want of few bytes, or not kept, because they are many bytes a
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 from lrcnn_lightning.graph import draws
 from lrcnn_lightning.planning.residency import KEEP, LEAN, STREAM, TRANSIENT, Residencies, Residency
 from lrcnn_lightning.rules import Role, RowGraph
 
-__all__ = ["KEEPINGS", "Keeping", "choose_residencies"]
+__all__ = ["FORWARD_KEEPINGS", "KEEPINGS", "Keeping", "choose_residencies"]
 
-Keeping = Literal["borders", "demand", "narrow", "lean"]
+Keeping = Literal["borders", "demand", "narrow", "lean", "nothing"]
 """``borders``: nothing but segment borders, and the TRANSIENT maps come back all in one sweep; ``demand``: the same,
 but each comes back when it is needed; ``narrow`` and ``lean``: narrow reduced maps too (see above), the others on
-demand."""
+demand. ``nothing``: reduced maps do not even exist in the forward pass."""
 
-KEEPINGS: tuple[Keeping, ...] = get_args(Keeping)
+KEEPINGS: tuple[Keeping, ...] = ("borders", "demand", "narrow", "lean")
+"""Those for what is differentiated."""
+
+FORWARD_KEEPINGS: tuple[Keeping, ...] = ("borders", "nothing")
+"""Those for what runs forward only."""
 
 _WIDE = 1.5
 """A map this many times larger than its largest source is wide: computing it again is cheaper than keeping it."""
@@ -68,6 +75,8 @@ def choose_residencies(
                 result[value] = KEEP
             elif reduced and later and keeping == "lean" and not whole:
                 result[value] = LEAN
+            elif reduced and later and keeping == "nothing" and not whole:
+                result[value] = STREAM
             elif later or whole:
                 result[value] = TRANSIENT
             else:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from lrcnn_lightning.config import RowConfig
 from lrcnn_lightning.planning.choices import Choices, Part
 from lrcnn_lightning.planning.cost import Cost
-from lrcnn_lightning.planning.keeping import Keeping
+from lrcnn_lightning.planning.keeping import FORWARD_KEEPINGS, Keeping
 from lrcnn_lightning.planning.price import exchanges
 from lrcnn_lightning.planning.program import Program
 from lrcnn_lightning.planning.segments import cut_points
@@ -18,6 +18,8 @@ from lrcnn_lightning.rules import RowGraph
 __all__ = ["Moves"]
 
 _MOST_ROWS = 64
+_KEEPINGS: tuple[Keeping, ...] = ("lean", "demand", "narrow", "borders")
+"""Those to try first come first."""
 _EXCHANGED = 4
 """Maps that are tried kept, and tried dropped, in place of what is done with them."""
 
@@ -27,7 +29,7 @@ class Moves:
 
     def __init__(self, graph: RowGraph, config: RowConfig, start: Program | None) -> None:
         self.config = config
-        nodes = [p for s in start.segments if not s.plain and s.backward for p in s.nodes] if start else []
+        nodes = [p for s in start.segments if not s.plain for p in s.nodes] if start else []
         self.points = cut_points(graph, nodes) if nodes else []
         self.first = nodes[0] if nodes else 0
         self.barriers = graph.barriers > 0
@@ -48,19 +50,20 @@ class Moves:
                 yield replace(choices, batch_chunks=chunks)
         peak = next((s.nodes[0] for s in program.segments[cost.peak_segment :] if not s.plain), parts[-1].first)
         order = sorted(range(len(parts)), key=lambda i: abs(parts[i].first - peak))
+        forward_only = {s.nodes[0] for s in program.segments if not s.plain and not s.backward}
         for i in order:
-            yield from (replace(choices, parts=(*parts[:i], part, *parts[i + 1 :])) for part in self._others(parts[i]))
+            others = self._others(parts[i], FORWARD_KEEPINGS if parts[i].first in forward_only else _KEEPINGS)
+            yield from (replace(choices, parts=(*parts[:i], part, *parts[i + 1 :])) for part in others)
             for changed in self._cuts(parts, i):
                 yield replace(choices, parts=changed, segments=len(changed))
 
-    def _others(self, part: Part) -> Iterator[Part]:
+    def _others(self, part: Part, keepings: Sequence[Keeping]) -> Iterator[Part]:
         """The same segment with another choice."""
         if self.config.rows == "auto":
             for rows in (part.rows * 2, part.rows * 3 // 2, part.rows // 2):
                 if 1 < rows <= self.most_rows:
                     yield replace(part, rows=rows)
         yield replace(part, heights="balanced" if part.heights == "even" else "even")
-        keepings: list[Keeping] = ["lean", "demand", "narrow", "borders"]
         yield from (replace(part, keeping=k) for k in keepings if k != part.keeping and self.barriers)
         if self.config.mode == "auto":
             yield replace(part, mode="overlap" if part.mode == "two_phase" else "two_phase")

@@ -6,7 +6,8 @@ them. Rows in the middle of a map, and chunks of a batch, are alike: one stands 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import itertools
+from collections.abc import Collection, Sequence
 
 from lrcnn_lightning.planning.differentiated import BackwardRow
 from lrcnn_lightning.planning.duration import alike_chunks
@@ -35,7 +36,7 @@ class Passages:
         graph, memory = self.graph, self.memory
         for chunk, times in alike_chunks(len(loop.chunks)):
             previous = 0
-            for r, alike in _sampled_rows(len(loop.rows)):
+            for r, alike in _sampled_rows(loop.cuts):
                 self._forward_row(loop, chunk, r, kept_carries, stored, times * alike)
                 if r:
                     self._drop_carries(loop, chunk, previous)
@@ -89,7 +90,7 @@ class Passages:
         for chunk, _ in alike_chunks(len(run.loop.chunks)):
             handed: dict[int, float] = {}
             below = 0
-            rows = _sampled_rows(len(run.loop.rows))
+            rows = _sampled_rows(run.loop.cuts)
             for i, (r, _) in reversed(list(enumerate(rows))):
                 row = BackwardRow(self.graph, self.footprints, self.memory, run, chunk, r)
                 given = row.differentiate(handed)
@@ -113,9 +114,20 @@ class Passages:
         self.memory.free_matching("keep", (loop, chunk, r))
 
 
-def _sampled_rows(rows: int) -> list[tuple[int, int]]:
-    """Rows to simulate, and how many each stands for: those of the middle are alike but for a line more or less."""
+def _sampled_rows(cuts: Sequence[int]) -> list[tuple[int, int]]:
+    """Rows to simulate, and how many each stands for: those of the middle that are alike but for a line more or less.
+
+    Balanced rows are of several heights, and of each there is one.
+    """
+    rows = len(cuts)
     if rows <= 6:
         return [(r, 1) for r in range(rows)]
-    middle = rows // 2
-    return [(0, 1), (1, 1), (middle, rows - 4), (rows - 2, 1), (rows - 1, 1)]
+    heights = [after - before for before, after in itertools.pairwise((0, *cuts))]
+    groups: list[list[int]] = [[2]]
+    for r in range(3, rows - 2):
+        if abs(heights[r] - heights[groups[-1][0]]) <= 1:
+            groups[-1].append(r)
+        else:
+            groups.append([r])
+    middle = [(max(group, key=lambda r: (heights[r], -abs(r - rows // 2))), len(group)) for group in groups]
+    return [(0, 1), (1, 1), *middle, (rows - 2, 1), (rows - 1, 1)]

@@ -1,8 +1,9 @@
 """The picture that explains a program.
 
-Left: one column a map, in the order of the network; image rows run down. Each row of the plan has one colour; what it
-computes is filled, what it takes over from the row before (2PS) or computes again (OverL) is hatched. Maps that are
-kept are outlined. Right: live activation memory over one step, as predicted, for this plan and for plain PyTorch.
+Left: one column a map, by the module that makes it, in the order of the network; image rows run down. Each row of the
+plan has one colour; what it computes is filled, what it takes over from the row before (2PS) or computes again (OverL)
+is hatched. Maps that are kept are outlined. Right: live activation memory over one step, as predicted, for this plan
+and for plain PyTorch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from lrcnn_lightning.planning.cost import Cost
 from lrcnn_lightning.planning.loop import Loop
 from lrcnn_lightning.planning.program import Program
 from lrcnn_lightning.planning.steps import RunRows
+from lrcnn_lightning.rules import RowGraph
 
 __all__ = ["draw"]
 
@@ -95,10 +97,17 @@ def _draw_rows(program: Program, axis: Any) -> None:
     axis.set_xlim(-0.7, len(columns) - 0.3)
     axis.set_ylim(1.01, -0.01)
     axis.set_xticks(range(len(columns)))
-    names = [program.graph.values[program.graph.nodes[position].outputs[0]].name for _, position in columns]
-    axis.set_xticklabels(names, rotation=90, fontsize=6)
+    axis.set_xticklabels([_label(program.graph, position) for _, position in columns], rotation=90, fontsize=6)
     axis.set_ylabel("image rows, from top (0) to bottom (1)")
     axis.set_title("rows (one colour each), halos hatched, kept maps outlined", fontsize=9)
+
+
+def _label(graph: RowGraph, position: int) -> str:
+    """The module that a map comes from, as ``layer1.0.conv2``, or the operation where it is the code's own."""
+    node = graph.nodes[position]
+    operation = (*str(node.op).split("."), "")[1] or str(node.op)
+    alone = len({str(other.op) for other in graph.nodes if other.module == node.module and other.outputs}) == 1
+    return node.module if node.module and alone else f"{node.module}: {operation}" if node.module else operation
 
 
 def _draw_memory(costs: Sequence[tuple[Cost, str]], axis: Any) -> None:
@@ -113,4 +122,4 @@ def _draw_memory(costs: Sequence[tuple[Cost, str]], axis: Any) -> None:
     axis.set_xlabel("one training step, forward then backward")
     axis.set_ylabel("live activation memory, MiB (predicted)")
     axis.set_ylim(bottom=0)
-    axis.legend(loc="upper left", fontsize=8)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=8)  # below, where it hides no curve

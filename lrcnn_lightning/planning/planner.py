@@ -59,7 +59,7 @@ class Planner:
         """Segments by their nodes and by what is chosen for them."""
         self._plain: dict[Any, Segment] = {}
         self._residencies: dict[Any, Residencies] = {}
-        self._stretches = stretches(problem.graph, problem.differentiable, problem.has_backward)
+        self.stretches = stretches(problem.graph, problem.differentiable, problem.has_backward)
         self._carried = {mode: carried_nodes(problem.graph, mode) for mode in ("two_phase", "overlap")}
 
     def cost(self, plan: Plan) -> Cost:
@@ -110,11 +110,13 @@ class Planner:
 
     def _runs(self, choices: Choices) -> Iterator[tuple[tuple[int, ...], str]]:
         """The nodes of each segment, and how they run (`segments.Stretch`)."""
-        for stretch in self._stretches:
-            if stretch.kind == "rows":
-                yield from ((nodes, "rows") for nodes in _cut(self.problem.graph, stretch.nodes, choices))
-            else:
-                yield stretch.nodes, stretch.kind
+        for stretch in self.stretches:
+            if stretch.kind == "plain":
+                yield stretch.nodes, "plain"
+                continue
+            count = choices.forward_segments if stretch.kind == "frozen" else choices.segments
+            for nodes in _cut(self.problem.graph, stretch.nodes, choices, count):
+                yield nodes, stretch.kind
 
     def _segment(
         self,
@@ -126,7 +128,7 @@ class Planner:
         chunks: Sequence[Interval],
     ) -> tuple[SegmentBuilder, Segment]:
         """A segment that runs by rows, and what built it."""
-        graph, part, inside = self.problem.graph, choices.part(nodes[0]), frozenset(nodes)
+        graph, part, inside = self.problem.graph, choices.part(nodes[0], kind == "frozen"), frozenset(nodes)
         own = tuple((value, kept) for value, kept in choices.exceptions if graph.producer.get(value) in inside)
         key = (name, nodes, tuple(outputs), part, own, tuple(chunks), kind)
         if key not in self._builders:
@@ -168,10 +170,10 @@ def plain_plan(problem: Problem) -> Plan:
     return Plan(problem, Choices("plain", 1, 1, 1), ())
 
 
-def _cut(graph: RowGraph, nodes: Sequence[int], choices: Choices) -> list[tuple[int, ...]]:
+def _cut(graph: RowGraph, nodes: Sequence[int], choices: Choices, count: int) -> list[tuple[int, ...]]:
     """The nodes of a stretch, cut where segments begin."""
     if not choices.parts:
-        return segment_borders(graph, nodes, choices.segments, choices.rows)
+        return segment_borders(graph, nodes, count, choices.rows)
     starts = {part.first for part in choices.parts}
     ends = [0, *(i for i, p in enumerate(nodes) if i and p in starts), len(nodes)]
     return [tuple(nodes[a:b]) for a, b in itertools.pairwise(ends)]

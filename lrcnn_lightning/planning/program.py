@@ -86,8 +86,9 @@ class Program:
     @cached_property
     def explicit(self) -> Choices:
         """The choices that give this program, segment by segment."""
-        firsts = [s.nodes[0] for s in self.segments if not s.plain]
-        return replace(self.choices, segments=len(firsts), parts=tuple(self.choices.part(first) for first in firsts))
+        segments = [segment for segment in self.segments if not segment.plain]
+        parts = tuple(self.choices.part(segment.nodes[0], not segment.backward) for segment in segments)
+        return replace(self.choices, segments=len(parts), parts=parts)
 
     def loops(self) -> list[Loop]:
         """The forward loops, in order."""

@@ -20,7 +20,7 @@ from lrcnn_lightning.config import RowConfig, format_count, format_size
 from lrcnn_lightning.errors import BudgetError, ConfigError
 from lrcnn_lightning.monitor.measure import without_collector
 from lrcnn_lightning.planning.choices import Choices
-from lrcnn_lightning.planning.keeping import KEEPINGS, Keeping
+from lrcnn_lightning.planning.keeping import FORWARD_KEEPINGS, Keeping
 from lrcnn_lightning.planning.limit import check_limit, largest_map
 from lrcnn_lightning.planning.machine import Machine
 from lrcnn_lightning.planning.moves import Moves
@@ -153,13 +153,13 @@ def search_plans(
     graph, height = problem.graph, problem.graph.input_height
     search = _Search(planner, budget, max_overhead)
     with without_collector():
-        for options in _stages(graph, config, height, problem.training, problem.machine):
+        for options in _stages(planner, config, height):
             search.vary(options)
         search.divide_more(config, height)
         assert search.best is not None
         if planner.oversized(search.best) is None:
             if budget is not None:
-                search.vary(_grid(graph, config, height, problem.training))
+                search.vary(_grid(planner, config, height))
                 search.try_dismissed()
             moves = Moves(graph, config, search.best)
             search.refine(moves)
@@ -190,7 +190,7 @@ class _Search:
 
     def refine(self, moves: Moves) -> None:
         """Walk from the best plan, and from the best ones with other numbers of segments."""
-        if self.best is None or self.best.mode == "plain" or not self.training:
+        if self.best is None or self.best.mode == "plain":
             return
         by_rank = self._kinds(lambda choices: self._rank(*self.tried[choices]))
         by_price = self._kinds(lambda choices: self._priced(*self.tried[choices], 1.0))
@@ -225,7 +225,8 @@ class _Search:
         """The first plan of each kind (number of segments, keeping), in an order."""
         first: dict[Any, Choices] = {}
         for choices in sorted(self.tried, key=order):
-            first.setdefault((choices.segments, choices.keeping), choices)
+            kind = choices.segments, choices.keeping, choices.forward_segments, choices.forward_keeping
+            first.setdefault(kind, choices)
         return list(first.values())
 
     def _walk(self, current: Plan, moves: Moves, limit: int) -> Plan:
@@ -373,57 +374,62 @@ def _numbers_of_rows(graph: RowGraph, height: int, machine: Machine, chunks: Seq
     return sorted(r for r in rows if r <= height) or [height if min(fewest) > 1 else 1]
 
 
-def _stages(
-    graph: RowGraph, config: RowConfig, height: int, training: bool, machine: Machine
-) -> Iterator[dict[str, Sequence[Any]]]:
+def _stages(planner: Planner, config: RowConfig, height: int) -> Iterator[dict[str, Sequence[Any]]]:
     """Which options are varied together, in order: where borders stand and what is kept, then rows, then chunks."""
-    segments = [config.segments] if isinstance(config.segments, int) else list(_SEGMENTS if training else (1,))
+    problem, graph = planner.problem, planner.problem.graph
     samples = graph.input_samples
     chunks = [config.batch_chunks] if isinstance(config.batch_chunks, int) else [1]
     if config.batch_chunks == "auto" and samples > 1 and graph.batch_splits:
         chunks = sorted({1, min(samples, 4), max(1, samples // 4), samples})
-    rows = [config.rows] if isinstance(config.rows, int) else _numbers_of_rows(graph, height, machine, chunks)
-    barriers = training and graph.barriers > 0
-    keepings: list[Keeping] = ["lean", "narrow", "demand", "borders"] if barriers else ["borders"]
-    modes = [config.mode]
-    if config.mode == "auto":
-        modes = ["two_phase"]
+    rows = [config.rows] if isinstance(config.rows, int) else _numbers_of_rows(graph, height, problem.machine, chunks)
+    modes = ["two_phase"] if config.mode == "auto" else [config.mode]
     first_chunks = chunks[len(chunks) // 2]
     # A batch is divided first, since that needs no halos; rows are then tried on top.
-    enough = [r for r in rows if r > _fewest_rows(graph, machine, first_chunks)] or rows
+    enough = [r for r in rows if r > _fewest_rows(graph, problem.machine, first_chunks)] or rows
     middle = enough[len(enough) // 2]
-    if first_chunks > 1 and config.rows == "auto" and _fewest_rows(graph, machine, first_chunks) == 1:
+    if first_chunks > 1 and config.rows == "auto" and _fewest_rows(graph, problem.machine, first_chunks) == 1:
         middle = 1
-    yield {
-        "mode": modes,
-        "rows": [middle],
-        "batch_chunks": [first_chunks],
-        "segments": segments[::2] if len(segments) > 2 else segments,
-        "keeping": keepings,
-        "rows_where_needed": [config.rows == "auto"],
-    }
+    first, *others = _borders(planner, config, _SEGMENTS[::2])
+    divided = {"mode": modes, "rows": [middle], "batch_chunks": [first_chunks]}
+    yield {**divided, **first, "rows_where_needed": [config.rows == "auto"]}
+    yield from others
     yield {"rows": [1, *rows] if config.rows == "auto" else rows, "batch_chunks": chunks}
-    yield {"segments": segments}
+    for options in _borders(planner, config, _SEGMENTS):
+        yield {name: counts for name, counts in options.items() if name.endswith("segments")}
     if config.mode == "auto":
         yield {"mode": ["two_phase", "overlap"]}
     yield {"rows": rows}
 
 
-def _grid(graph: RowGraph, config: RowConfig, height: int, training: bool) -> dict[str, Sequence[Any]]:
+def _borders(planner: Planner, config: RowConfig, counts: Sequence[int]) -> list[dict[str, Sequence[Any]]]:
+    """Numbers of segments and what is kept: of what is differentiated, and of what runs forward only."""
+    problem, kinds = planner.problem, {stretch.kind for stretch in planner.stretches}
+    barriers = problem.graph.barriers > 0
+    options: list[dict[str, Sequence[Any]]] = []
+    if problem.has_backward or "frozen" not in kinds:
+        segments = [config.segments] if isinstance(config.segments, int) else counts
+        keepings: Sequence[Keeping] = ("lean", "narrow", "demand", "borders") if barriers else ("borders",)
+        options.append({"segments": segments, "keeping": keepings})
+    if "frozen" in kinds:
+        fixed = isinstance(config.segments, int) and not problem.has_backward
+        keepings = FORWARD_KEEPINGS if barriers else ("borders",)
+        options.append({"forward_segments": [config.segments] if fixed else counts, "forward_keeping": keepings})
+    return options
+
+
+def _grid(planner: Planner, config: RowConfig, height: int) -> dict[str, Sequence[Any]]:
     """For the fastest plan that fits, plans of every kind: with few rows, and with much or little kept.
 
     Of a large graph fewer, so that planning takes seconds.
     """
-    fine = len(graph.nodes) <= _SMALL
+    fine = len(planner.problem.graph.nodes) <= _SMALL
     rows = (
         [r for r in ((1, 2, 4, 8, 16) if fine else (1, 4)) if r <= height] if config.rows == "auto" else [config.rows]
     )
-    segments = list((1, 2, 3, 4, 6, 8) if fine else (2, 4, 8)) if config.segments == "auto" else [config.segments]
-    barriers = training and graph.barriers > 0
-    keepings = list(KEEPINGS) if barriers else ["borders"]
     modes = ["two_phase", "overlap"] if config.mode == "auto" and fine else [config.mode]
     modes = ["two_phase"] if modes == ["auto"] else modes
-    return {"mode": modes, "rows": rows, "segments": segments if training else [1], "keeping": keepings}
+    borders = _borders(planner, config, (1, 2, 3, 4, 6, 8) if fine else (2, 4, 8))[0]
+    return {"mode": modes, "rows": rows, **borders}
 
 
 def usable_bytes(device: torch.device) -> int:
