@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,13 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 import lrcnn_lightning
 from lrcnn_lightning.cli import summary as summary_module
 from lrcnn_lightning.cli import train as train_module
 from lrcnn_lightning.cli.build import CommandError, build, strategy_options, user_errors
+from lrcnn_lightning.cli.progress import progress
 from lrcnn_lightning.config import RowConfig, strategy_defaults
 from lrcnn_lightning.errors import ConfigError
 
@@ -338,6 +342,25 @@ def test_plan_is_printed(
     overrides = (f"strategy={strategy}", "strategy.rows=4", "shape=[1,3,256,256]")
     in_process(monkeypatch, tmp_path, *overrides, module=plan_module)
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "seconds", "shown"), [(True, 0.0, True), (True, 60.0, False), (False, 0.0, False)]
+)
+def test_what_takes_long_shows_a_bar(
+    is_terminal: bool, seconds: float, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a terminal, after a moment; an error passes through, and nothing goes on afterwards."""
+    monkeypatch.setattr("lrcnn_lightning.cli.progress.SECONDS", seconds)
+    stream, others = io.StringIO(), set(threading.enumerate())
+    with pytest.raises(ConfigError), progress("planning", Console(file=stream, force_terminal=is_terminal)):
+        waited = threading.Event()
+        waited.wait(0.5 if shown else 0.0)
+        raise ConfigError("wrong")
+    assert ("planning" in stream.getvalue()) == shown
+    for thread in set(threading.enumerate()) - others:
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_plain_pytorch_has_no_plan(

@@ -16,6 +16,7 @@ from torch import nn
 
 import lrcnn_lightning
 from lrcnn_lightning.cli.build import application, build, strategy_options, user_errors
+from lrcnn_lightning.cli.progress import progress
 from lrcnn_lightning.config import RowConfig
 from lrcnn_lightning.errors import ConfigError
 from lrcnn_lightning.session import select_modules
@@ -37,11 +38,13 @@ def main(config: DictConfig) -> None:
             example = torch.empty(shape)
         _check_modules(model, config.strategy.get("modules", "auto"))
         if config.frontier:
-            frontier = lrcnn_lightning.frontier(model.train(), example, **options)
+            with progress("looking for the plans worth having"):
+                frontier = lrcnn_lightning.frontier(model.train(), example, **options)
             print(frontier)
             _draw(frontier, config.plot or "frontier.png", f"{type(model).__name__}, input {list(shape)}")
             return
-        plan = lrcnn_lightning.plan(model.train(), example, **options)
+        with progress("planning"):
+            plan = lrcnn_lightning.plan(model.train(), example, **options)
         print(plan)
         if config.plot is not None:
             _draw(plan, config.plot)
