@@ -12,7 +12,8 @@ handed up to row r-1, where it is added to the gradient of that tail:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from lrcnn_lightning.rules import Axes, Interval, Reduction, Tile
 __all__ = ["differentiate"]
 
 NOTHING = Interval(0, 0)
+_NONE: Mapping[int, Tensor] = {}
 
 
 def differentiate(
@@ -39,16 +41,39 @@ def differentiate(
     carries: Carries,
     gradients: Gradients,
     drops: bool = False,
+    later: Mapping[int, Tensor] = _NONE,
 ) -> None:
-    """Differentiate a pass and add to the gradients of its maps and wholes; drop the carries that are used up."""
+    """Differentiate a pass and add to the gradients of its maps and wholes; drop the carries that are used up.
+
+    ``later``: weights whose data has been changed since the forward pass, as they are now (see `as_now`).
+    """
     for chunk, batch in reversed(list(enumerate(run.loop.chunks))):
         from_below: dict[int, Tensor] = {}
         for r in reversed(range(len(run.loop.rows))):
-            row = _BackwardRow(prepared, store, run, run.loop.rows[r], batch, gradients)
+            row = _BackwardRow(prepared, store, run, run.loop.rows[r], batch, gradients, later)
             calls = prepared.backward(run, chunk, r)
             from_below = row.differentiate(calls, carries.get((chunk, r - 1), {}), from_below)
             if drops:
                 carries.pop((chunk, r - 1), None)
+
+
+@contextlib.contextmanager
+def as_now(store: Mapping[int, Any], later: Mapping[int, Tensor]) -> Iterator[None]:
+    """While a row is differentiated, weights that a later call has changed by ``weight.data`` are as they are now.
+
+    Plain autograd has computed a result with the weight as it was, and multiplies a gradient by the weight as it is.
+    """
+    if not later:
+        yield
+        return
+    before = {index: store[index].clone() for index in later if index in store}
+    try:
+        for index in before:
+            store[index].data.copy_(later[index].detach())
+        yield
+    finally:
+        for index, tensor in before.items():
+            store[index].data.copy_(tensor)
 
 
 def _is_differentiable(tensor: Tensor) -> bool:
@@ -99,9 +124,10 @@ class _BackwardRow:
         row: Row,
         batch: Interval,
         gradients: Gradients,
+        later: Mapping[int, Tensor],
     ) -> None:
         self.graph, self.store, self.run, self.row, self.batch = prepared.graph, store, run, row, batch
-        self.gradients = gradients
+        self.gradients, self.later = gradients, later
         self.origin = torch.zeros((), requires_grad=True)
         self.injections: dict[int, list[int]] = {}
         for position in run.injections:
@@ -125,7 +151,8 @@ class _BackwardRow:
         self._recompute(calls, _Lazy(tap_carry), from_below)
         self._inject_into_sources()
         if self.roots:
-            torch.autograd.grad(self.roots, [self.origin], self.seeds, allow_unused=True)
+            with as_now(self.store, self.later):
+                torch.autograd.grad(self.roots, [self.origin], self.seeds, allow_unused=True)
         return handed_up
 
     def _tap(self, tensor: Tensor, receive: Callable[[Tensor], None]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,8 +75,8 @@ class Execution:
         """Of what, with the random states, there are copies while the plan has not been executed to its end yet."""
         self._drops = program.drops
         self._writes = _data_writes(program)
-        self._latest: weakref.ref[CallRecord] | None = None
-        """Of the latest call: there for as long as its backward pass may come."""
+        self._pending: weakref.WeakSet[CallRecord] = weakref.WeakSet()
+        """Of calls whose backward pass may come."""
         self._views = _returned_views(program.graph)
 
     def __call__(self, module: nn.Module, inputs: Sequence[Any]) -> Any:
@@ -98,11 +98,10 @@ class Execution:
     def _run(self, module: nn.Module, inputs: Sequence[Any]) -> Any:
         program, graph = self.program, self.program.graph
         store = _sources(graph.graph, module, _prefixed(graph.graph, module, inputs))
-        is_pending = self._latest is not None and self._latest() is not None
+        self._run_plainly(program.problem.prologue, store, self._writes if self._pending else {})
         record = CallRecord()
-        self._latest = weakref.ref(record)
-        writes = self._writes if is_pending else {}
-        self._run_plainly(program.problem.prologue, store, writes)
+        if self._writes and torch.is_grad_enabled():
+            self._pending.add(record)
         for number, segment in enumerate(program.segments):
             if segment.plain:
                 self._run_plainly(segment.nodes, store)
@@ -132,7 +131,7 @@ class Execution:
         for position in nodes:
             node = self.program.graph.nodes[position]
             written = store[writes[position]] if position in writes else None
-            with contextlib.nullcontext() if written is None else _changed_if_different(written):
+            with contextlib.nullcontext() if written is None else _changed_if_different(written, self._pending):
                 results = run_node(node, store)
             store.update(zip(node.outputs, results, strict=True))
             for index in self._drops.get(position, ()):
@@ -157,11 +156,11 @@ def _data_writes(program: Program) -> dict[int, int]:
 
 
 @contextlib.contextmanager
-def _changed_if_different(tensor: Tensor) -> Iterator[None]:
-    """For autograd a tensor that is written here has changed only if its values are others afterwards.
+def _changed_if_different(tensor: Tensor, pending: Iterable[CallRecord]) -> Iterator[None]:
+    """For autograd a weight that is written here has changed only if its values are others afterwards.
 
     Masked convolutions write the same zeros in each call. Where the backward pass of an earlier call is still to come,
-    it would be refused for that.
+    it would be refused for that. If the values are others, the records of ``pending`` calls keep what they were.
     """
     if is_fake(tensor):  # it has no values
         yield
@@ -170,6 +169,8 @@ def _changed_if_different(tensor: Tensor) -> Iterator[None]:
     with torch.autograd._unsafe_preserve_version_counter(tensor):  # type: ignore[attr-defined]
         yield
     if not torch.equal(before, tensor):
+        for record in pending:
+            record.keep_before(tensor, before)
         torch.autograd.graph.increment_version(tensor)
 
 

@@ -78,6 +78,23 @@ class CallRecord:
         self._makers: dict[int, SegmentCall] = {}
         self._small: dict[int, Tensor] = {}
         """Whole values that hardly take memory and that nobody else may keep."""
+        self._before: dict[int, Tensor] = {}
+        """What weights were whose data a later call of the module has changed."""
+
+    def keep_before(self, tensor: Tensor, before: Tensor) -> None:
+        """The data of a tensor has been changed by a later call of the module; it was ``before``."""
+        memory = tensor.untyped_storage()._cdata
+        for index, (reference, version) in self._values.items():
+            own = reference()
+            if own is None or own._version != version or index in self._before:
+                continue
+            if own.untyped_storage()._cdata == memory and (own.shape, own.dtype) == (before.shape, before.dtype):
+                self._before[index] = before
+
+    def later(self, call: SegmentCall) -> dict[int, Tensor]:
+        """Of the inputs of a segment those whose data a later call has changed, as they are now."""
+        tensors = {index: self._values[index][0]() for index in call.program.inputs if index in self._before}
+        return {index: tensor for index, tensor in tensors.items() if tensor is not None}
 
     def note(self, call: SegmentCall, tensors: dict[int, Any]) -> None:
         """Take down what a segment reads and will make."""
@@ -95,6 +112,8 @@ class CallRecord:
         tensor: Tensor | None = None if reference is None else reference()
         if tensor is not None and tensor._version == version:
             return tensor
+        if index in self._before and not history:
+            return self._before[index].clone()
         call = self._makers.get(index)
         if call is None:
             return None

@@ -10,14 +10,14 @@ Its gradients are a function of its inputs and of the gradients of its outputs. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lrcnn_lightning.engine.backward import differentiate
+from lrcnn_lightning.engine.backward import as_now, differentiate
 from lrcnn_lightning.engine.maps import Gradients
 from lrcnn_lightning.engine.record import (
     Ambient,
@@ -86,8 +86,8 @@ class _Segment(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple[Any, ...]:
-        kept, carries = _kept(ctx)
-        job = _Job(ctx.call, ctx.ambient, ctx.tell, ctx.needs_input_grad[3:], ctx.dtypes)
+        kept, carries, later = _kept(ctx)
+        job = _Job(ctx.call, ctx.ambient, ctx.tell, ctx.needs_input_grad[3:], ctx.dtypes, later=later)
         transformed = any(map(_is_of_a_transform, output_gradients))
         if not torch.is_grad_enabled() and not transformed:
             return (None, None, None, *_run_backward(job, kept, carries, output_gradients))
@@ -120,6 +120,8 @@ class _Job:
     present: tuple[bool, ...] = ()
     """Which of the outputs have a gradient."""
     run: Callable[[_Gradients], _Gradients] | None = None
+    later: Mapping[int, Tensor] = field(default_factory=dict)
+    """Weights whose data a later call has changed, as they are now."""
 
 
 class _Differentiated(torch.autograd.Function):
@@ -221,10 +223,11 @@ def _slabs(carries: dict[str, Carries]) -> list[tuple[tuple[str, tuple[int, int]
     ]
 
 
-def _kept(ctx: Any) -> tuple[dict[int, Any], dict[str, Carries]]:
-    """What the forward pass has kept: values, and carries by loop.
+def _kept(ctx: Any) -> tuple[dict[int, Any], dict[str, Carries], dict[int, Tensor]]:
+    """What the forward pass has kept: values, and carries by loop; and what has become of weights since then.
 
-    Where somebody has changed a map that was returned to him, the forward pass is made once more.
+    Where somebody has changed a map that was returned to him, or a later call of the module the data of a weight, the
+    forward pass is made once more.
     """
     call: SegmentCall = ctx.call
     try:
@@ -239,14 +242,16 @@ def _kept(ctx: Any) -> tuple[dict[int, Any], dict[str, Carries]]:
         with torch.no_grad(), ctx.ambient.restored():
             again = run_forward(call, store, again=True)
         ctx.maybe_clear_saved_tensors()
-        ctx.tell(CHANGED_MAP)
-        return {index: store.get(index, inputs.get(index)) for index in call.program.kept}, again
+        later = ctx.record.later(call)
+        if not later:
+            ctx.tell(CHANGED_MAP)
+        return {index: store.get(index, inputs.get(index)) for index in call.program.kept}, again, later
     ctx.maybe_clear_saved_tensors()  # unless the graph is retained: what is freed below is then really free
     borders = len(call.program.kept)
     carries: dict[str, Carries] = {}
     for (name, place, value), slab in zip(ctx.carry_keys, saved[borders:], strict=True):
         carries.setdefault(name, {}).setdefault(place, {})[value] = slab
-    return dict(zip(call.program.kept, saved[:borders], strict=True)), carries
+    return dict(zip(call.program.kept, saved[:borders], strict=True)), carries, {}
 
 
 def _sources(ctx: Any, kept: dict[int, Any]) -> dict[int, Tensor] | None:
@@ -305,13 +310,13 @@ def _run_backward(
             if isinstance(step, BackwardRows):
                 with torch.autograd.profiler.record_function(f"lrcnn {step.run.loop.name}"):
                     kept_carries = carries.get(step.carries or "", {})
-                    differentiate(call.prepared, store, step.run, kept_carries, gradients, step.drops)
+                    differentiate(call.prepared, store, step.run, kept_carries, gradients, step.drops, job.later)
             elif isinstance(step, RunRows):
                 rows.forward(step.loop)
             elif isinstance(step, Sweep):
                 carries[step.loop.name] = rows.sweep(step.loop)
             elif isinstance(step, BackwardWhole):
-                _backward_whole(call, step.node, store, gradients)
+                _backward_whole(call, step.node, store, gradients, job.later)
             elif isinstance(step, Free):
                 store.pop(step.value, None)
             elif isinstance(step, FreeGradient):
@@ -325,7 +330,9 @@ def _run_backward(
     return tuple(results)
 
 
-def _backward_whole(call: SegmentCall, position: int, store: dict[int, Any], gradients: Gradients) -> None:
+def _backward_whole(
+    call: SegmentCall, position: int, store: dict[int, Any], gradients: Gradients, later: Mapping[int, Tensor]
+) -> None:
     """Differentiate a node on full tensors: run it again under autograd, with the same random numbers."""
     node = call.graph.nodes[position]
     given = [gradients.get(output) for output in node.outputs]
@@ -342,12 +349,13 @@ def _backward_whole(call: SegmentCall, position: int, store: dict[int, Any], gra
     wanted = [index for index in node.inputs if leaves[index].requires_grad]
     if not roots or not wanted:
         return
-    found = torch.autograd.grad(
-        [root for root, _ in roots],
-        [leaves[index] for index in wanted],
-        [seed.to(root.dtype) for root, seed in roots],
-        allow_unused=True,
-    )
+    with as_now(store, later):
+        found = torch.autograd.grad(
+            [root for root, _ in roots],
+            [leaves[index] for index in wanted],
+            [seed.to(root.dtype) for root, seed in roots],
+            allow_unused=True,
+        )
     for index, gradient in zip(wanted, found, strict=True):
         if gradient is not None:
             gradients.add(index, gradient)
