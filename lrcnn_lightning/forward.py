@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -28,6 +29,7 @@ from torch import nn
 from lrcnn_lightning.captures import LEAST, MOST_NODES, Captures, device_of, without_hooks
 from lrcnn_lightning.config import RowConfig
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
+from lrcnn_lightning.engine.record import CallRecord
 from lrcnn_lightning.engine.undo import Undone
 from lrcnn_lightning.errors import (
     BudgetError,
@@ -106,6 +108,8 @@ class RowwiseForward(StandIn):
         """The plan of the latest call."""
         self.training_plan: Plan | None = None
         """The plan of the latest call with a backward pass."""
+        self._pending: weakref.WeakSet[CallRecord] | None = None
+        """Of calls whose backward pass may come."""
         self._graphs = Captures(module)
         self._plans: Recent[Any, tuple[Plan, Execution]] = Recent(MOST_NODES, LEAST)
         self.given: SavedPlan | None = None
@@ -129,7 +133,7 @@ class RowwiseForward(StandIn):
         """Copies and pickles carry no plans: they are made again when needed."""
         state = self.__dict__.copy()
         state.update(plan=None, training_plan=None, _graphs=Captures(self.module), _plans=Recent(MOST_NODES, LEAST))
-        state.update(notify=_warn, observe=None, refusal=None)
+        state.update(notify=_warn, observe=None, refusal=None, _pending=None)
         return state
 
     # ------------------------------------------------------------------------------------------------ a call
@@ -196,7 +200,8 @@ class RowwiseForward(StandIn):
             if chosen is None:
                 device = device_of(inputs)
                 plan = self._planned(Problem(graph, leaves, grad and bool(leaves), Machine.of(device)), device)
-                chosen = plan, Execution(plan, self._told_by_engine)
+                self._pending = weakref.WeakSet() if self._pending is None else self._pending
+                chosen = plan, Execution(plan, self._told_by_engine, self._pending)
                 self._plans.put(plan_key, chosen, len(graph.nodes))
                 self._warn_of(plan)
         return *chosen, inputs

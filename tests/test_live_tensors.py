@@ -395,8 +395,19 @@ class Shrinking(Net):
         return super().forward(x)
 
 
+class ShrinkingByCount(Shrinking):
+    """Each call is captured anew, since a number is another one."""
+
+    def prepare(self) -> None:
+        self.count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return super().forward(x) * self.count
+
+
 @pytest.mark.parametrize("mode", ["two_phase", "overlap"])
-@pytest.mark.parametrize("kind", [Masked, MaskedAnew, Shrinking])
+@pytest.mark.parametrize("kind", [Masked, MaskedAnew, Shrinking, ShrinkingByCount])
 def test_weights_that_are_written_and_two_calls_before_the_backward_pass(kind: type[Net], mode: str) -> None:
     """The second call writes into what the first one's backward pass reads, which ended with an error."""
 

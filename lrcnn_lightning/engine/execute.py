@@ -65,7 +65,12 @@ def _prefixed(graph: Graph, module: nn.Module, inputs: Sequence[Any]) -> Sequenc
 class Execution:
     """A plan made ready to be run, step after step."""
 
-    def __init__(self, program: Program, tell: Callable[[str], None] = lambda event: None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        tell: Callable[[str], None] = lambda event: None,
+        pending: weakref.WeakSet[CallRecord] | None = None,
+    ) -> None:
         self.program, self._tell = program, tell
         """``tell`` is told of backward passes that take more than was planned (`engine.segment`)."""
         self._copies = False
@@ -75,8 +80,8 @@ class Execution:
         """Of what, with the random states, there are copies while the plan has not been executed to its end yet."""
         self._drops = program.drops
         self._writes = _data_writes(program)
-        self._pending: weakref.WeakSet[CallRecord] = weakref.WeakSet()
-        """Of calls whose backward pass may come."""
+        self._pending: weakref.WeakSet[CallRecord] = weakref.WeakSet() if pending is None else pending
+        """Of calls of the module, by this plan or another, whose backward pass may come."""
         self._views = _returned_views(program.graph)
 
     def __call__(self, module: nn.Module, inputs: Sequence[Any]) -> Any:
