@@ -17,7 +17,7 @@ from torch import nn
 from lrcnn_lightning import LRCNNDDPStrategy, LRCNNStrategy, RowConfig
 from lrcnn_lightning.config import strategy_defaults
 from lrcnn_lightning.strategy import NAMES
-from tests.test_strategy import NAMESPACES, QUIET, Steps, Task, assert_same, body, fit, loader
+from tests.tasks import NAMESPACES, QUIET, Steps, Task, assert_same, body, fit, loader
 
 pytest.importorskip("jsonargparse", reason="LightningCLI needs jsonargparse")
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec")

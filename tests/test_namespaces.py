@@ -26,7 +26,7 @@ from torch import nn
 
 import lrcnn_lightning
 from lrcnn_lightning import ConfigError, LRCNNStrategy, RowConfig
-from tests.test_strategy import NAMESPACES, QUIET, Steps, Task, assert_same, body, fit
+from tests.tasks import NAMESPACES, QUIET, Steps, Task, assert_same, body, fit
 
 REPOSITORY = Path(lrcnn_lightning.__file__).parents[1]
 DISTRIBUTIONS = {"lightning.pytorch": "lightning", "pytorch_lightning": "pytorch-lightning"}

@@ -26,7 +26,7 @@ from lrcnn_lightning import CaptureError, ConfigError, LRCNNDDPStrategy, LRCNNSt
 from lrcnn_lightning import parallel as parallel_module
 from lrcnn_lightning.rowwise import RowwiseForward
 from tests.launching import run_together
-from tests.test_strategy import ROWWISE, Direct, Manual, Steps, Task, assert_same, body, fit, loader
+from tests.tasks import ROWWISE, Direct, Manual, Steps, Task, assert_same, body, fit, loader
 
 RELATIVE = 1e-9
 TWO: dict[str, Any] = {"devices": 2, "max_epochs": 1}

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lrcnn_lightning
 from lrcnn_lightning import LRCNNStrategy, PlanError
-from tests.test_strategy import QUIET, Task, assert_same_run, fit, loader
+from tests.tasks import QUIET, Task, assert_same_run, fit, loader
 
 RELATIVE = 1e-9
 ROWS = [{"mode": "two_phase", "rows": 3}, {"mode": "overlap", "rows": 3, "segments": 2, "batch_chunks": 2}]

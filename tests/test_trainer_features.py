@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrcnn_lightning import LRCNNStrategy
 from lrcnn_lightning.rowwise import RowwiseForward
-from tests.test_strategy import QUIET, Task, assert_same, assert_same_run, body, fit, loader, patched
+from tests.tasks import QUIET, Task, assert_same, assert_same_run, body, fit, loader, patched
 
 RELATIVE = 1e-9
 ROWS = [{"mode": "two_phase", "rows": 3}, {"mode": "overlap", "rows": 3, "segments": 2, "batch_chunks": 2}]

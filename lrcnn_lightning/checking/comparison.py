@@ -37,6 +37,7 @@ __all__ = [
     "Distance",
     "Key",
     "Kind",
+    "Shown",
     "Verdict",
     "compare",
     "digits",
@@ -187,6 +188,27 @@ def largest_of(values: Mapping[Key, Any], kind: Kind) -> float:
     )
 
 
+class Shown(dict[Key, Any]):
+    """The values of one step by kind and name. What is not there was not made, or not changed.
+
+    ``unchanged`` has those attributes that were not, for a run in which rounding alone makes others of them.
+    """
+
+    def __init__(self, values: Mapping[Key, Any] | None = None) -> None:
+        super().__init__(values or {})
+        self.unchanged: dict[Key, Any] = {}
+
+
+def _with_unchanged(key: Key, shown: Mapping[Key, Any]) -> Any:
+    """A value of a step, or what it was before if the step did not change it; `_ABSENT_VALUE` if it is not known."""
+    if key in shown:
+        return shown[key]
+    return shown.unchanged.get(key, _ABSENT_VALUE) if isinstance(shown, Shown) else _ABSENT_VALUE
+
+
+_ABSENT_VALUE = object()
+
+
 def compare(
     key: Key,
     got: Mapping[Key, Any],
@@ -206,10 +228,10 @@ def compare(
         unit: The largest element of all plain values of its kind (`largest_of`).
         precision: The narrowest floating type that the module computes in.
     """
-    if key not in got or key not in want:
+    mine, theirs = _with_unchanged(key, got), _with_unchanged(key, want)
+    if mine is _ABSENT_VALUE or theirs is _ABSENT_VALUE:
         verdict: Verdict = "missing" if key not in got else "extra"
         return Comparison(*key, verdict, math.inf, math.inf, detail=_ABSENT.get(key[0], ""))
-    mine, theirs = got[key], want[key]
     other = _of_another_form(mine, theirs)
     if other is not None:
         return Comparison(*key, other[0], math.inf, math.inf, detail=other[1])

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lrcnn_lightning.checking.chance import generator_states, seed_all
-from lrcnn_lightning.checking.comparison import Key
+from lrcnn_lightning.checking.comparison import Key, Shown
 from lrcnn_lightning.checking.example import Example
 from lrcnn_lightning.checking.state import held, named_leaves
 from lrcnn_lightning.fake import is_fake
@@ -30,9 +30,6 @@ from lrcnn_lightning.graph.state import PLAIN
 __all__ = ["Loss", "Shown", "Watch", "run_steps", "show", "weighted"]
 
 Loss: TypeAlias = Callable[[Any], Tensor]
-Shown: TypeAlias = dict[Key, Any]
-"""The values of one step by kind and name. What is not there was not made, or not changed."""
-
 _SHRINK = 0.999
 """By what parameters and inputs are multiplied at least between steps. They keep their signs, and stay in their range.
 """
@@ -130,7 +127,7 @@ def show(
 
     Without a loss it runs under ``no_grad``. Errors of the module and of the loss are those of the caller.
     """
-    before: Shown = {}
+    before: dict[Key, Any] = {}
     for key, value in held(module):
         if isinstance(value, Tensor) and value.is_leaf:
             value.grad = None
@@ -154,6 +151,8 @@ def show(
             shown["gradient", key[1]] = value.grad
         if not (key in before and _same(value, before.pop(key))):
             shown[key] = _kept(value)
+        elif key[0] == "attribute" and isinstance(value, Tensor):
+            shown.unchanged[key] = _kept(value)
     shown.update(dict.fromkeys(before, _GONE))
     for name, leaf, passed, was in zip(leaves.names, leaves.leaves, given.leaves, inputs, strict=True):
         if isinstance(leaf, Tensor):
@@ -168,7 +167,7 @@ _GONE = "no longer there"
 
 
 def _of_outputs(result: Any) -> Shown:
-    shown: Shown = {("form", "structure of the output"): str(take_apart(result)[1])}
+    shown = Shown({("form", "structure of the output"): str(take_apart(result)[1])})
     for name, leaf in named_leaves(result, "output"):
         known = isinstance(leaf, (Tensor, *PLAIN))
         shown["output", name] = _kept(leaf) if known else f"an object of type {type(leaf).__name__}"
