@@ -23,8 +23,8 @@ from lrcnn_lightning.rules import RowGraph
 __all__ = ["LEAST", "MOST_NODES", "Captures", "device_of", "without_hooks"]
 
 MOST_NODES = 20_000
-"""Nodes, together, of the graphs that are remembered of a module, and of those that it has plans for: some tens of MB.
-Training at many sizes has a graph for each of them: of ResNet-50 fifty are remembered."""
+"""Nodes, together, of the graphs that are remembered of a module: about 200 MB. Training at many sizes has a graph for
+each of them: of ResNet-50 sixty are remembered."""
 
 LEAST = 16
 """Graphs and plans that are remembered, however large they are."""

@@ -26,7 +26,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from lrcnn_lightning.captures import LEAST, MOST_NODES, Captures, device_of, without_hooks
+from lrcnn_lightning.captures import LEAST, Captures, device_of, without_hooks
 from lrcnn_lightning.config import RowConfig
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
 from lrcnn_lightning.engine.record import CallRecord
@@ -68,6 +68,9 @@ __all__ = ["RowwiseForward"]
 Refusal: TypeAlias = InputError | CaptureError
 
 _logger = logging.getLogger(__name__)
+
+_MOST_CALLS = 200_000
+"""Operations on slabs, together, of the plans that are remembered of a module: about 300 MB."""
 
 _NOTHING = object()
 """Stands for a result that is not there."""
@@ -111,7 +114,7 @@ class RowwiseForward(StandIn):
         self._pending: weakref.WeakSet[CallRecord] | None = None
         """Of calls whose backward pass may come."""
         self._graphs = Captures(module)
-        self._plans: Recent[Any, tuple[Plan, Execution]] = Recent(MOST_NODES, LEAST)
+        self._plans: Recent[Any, tuple[Plan, Execution]] = Recent(_MOST_CALLS, LEAST)
         self.given: SavedPlan | None = None
         """A plan that was given; nothing is searched for then."""
         self.has_limit = not config.fits_free_memory
@@ -132,7 +135,7 @@ class RowwiseForward(StandIn):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry no plans: they are made again when needed."""
         state = self.__dict__.copy()
-        state.update(plan=None, training_plan=None, _graphs=Captures(self.module), _plans=Recent(MOST_NODES, LEAST))
+        state.update(plan=None, training_plan=None, _graphs=Captures(self.module), _plans=Recent(_MOST_CALLS, LEAST))
         state.update(notify=_warn, observe=None, refusal=None, _pending=None)
         return state
 
@@ -202,7 +205,7 @@ class RowwiseForward(StandIn):
                 plan = self._planned(Problem(graph, leaves, grad and bool(leaves), Machine.of(device)), device)
                 self._pending = weakref.WeakSet() if self._pending is None else self._pending
                 chosen = plan, Execution(plan, self._told_by_engine, self._pending)
-                self._plans.put(plan_key, chosen, len(graph.nodes))
+                self._plans.put(plan_key, chosen, plan.calls)
                 self._warn_of(plan)
         return *chosen, inputs
 

@@ -96,7 +96,7 @@ def test_plans_follow_shapes_state_and_gradients() -> None:
 
 def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the operations of all graphs together: small ones may be many."""
-    monkeypatch.setattr("lrcnn_lightning.forward.MOST_NODES", 18)
+    monkeypatch.setattr("lrcnn_lightning.forward._MOST_CALLS", 4 * 18)  # in two rows, forward and backward
     monkeypatch.setattr("lrcnn_lightning.captures.MOST_NODES", 18)
     net = lrcnn_lightning.rowwise(nn.Conv2d(1, 1, 3), mode="two_phase", rows=2)
     for height in range(8, 30):

@@ -83,6 +83,12 @@ class Program:
         """The number of parts into which the batch is divided."""
         return max((len(loop.chunks) for loop in self.loops()), default=1)
 
+    @property
+    def calls(self) -> int:
+        """Operations on slabs: one for each node of a loop, each row and each chunk of the batch."""
+        loops = (loop for segment in self.segments for loop in segment.loops())
+        return sum(len(loop.nodes) * len(loop.rows) * len(loop.chunks) for loop in loops)
+
     @cached_property
     def explicit(self) -> Choices:
         """The choices that give this program, segment by segment."""
