@@ -118,6 +118,30 @@ def test_without_changes_nothing_is_copied() -> None:
     assert {type(m.grad_fn).__name__ for m in maps} == {"_SegmentBackward"}
 
 
+class AfterWhole(nn.Module):
+    """Returns a map that no row has made: it comes from an operation that runs before all rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        a = torch.fft.fft2(x).real
+        return [a, self.c(torch.relu(a + 1))]
+
+
+@pytest.mark.filterwarnings("ignore:.*changed in place")
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_returned_map_that_was_made_before_all_rows(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    net = AfterWhole().double()
+    plain, ours = copy.deepcopy(net), lrcnn_lightning.rowwise(copy.deepcopy(net), **options)
+    for seed in (1, 2):
+        want, got = (observed(module, one_map(0, lambda m: m.mul_(3)), seed) for module in (plain, ours))
+        for key, expected in want.items():
+            assert difference(got[key], expected) < 1e-9, f"step {seed}: {key}"
+
+
 class Feeds(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from lrcnn_lightning.engine.slabs import Prepared
 from lrcnn_lightning.engine.undo import Before, Undone, draws_numbers, written_buffers
 from lrcnn_lightning.errors import is_out_of_memory
 from lrcnn_lightning.fake import is_fake
-from lrcnn_lightning.graph import Graph, Node, Value, ValueKind, Write, map_refs, views_of, written_argument
+from lrcnn_lightning.graph import Graph, Node, Value, ValueKind, Write, draws, map_refs, views_of, written_argument
 from lrcnn_lightning.planning.program import Program
 from lrcnn_lightning.rules import RowGraph
 
@@ -108,10 +108,12 @@ class Execution:
         if self._writes and torch.is_grad_enabled():
             self._pending.add(record)
         for number, segment in enumerate(program.segments):
+            call = SegmentCall(graph, segment, self._prepared)
             if segment.plain:
+                if not any(draws(graph.nodes[position]) for position in segment.nodes):
+                    record.note(call, store)
                 self._run_plainly(segment.nodes, store)
             else:
-                call = SegmentCall(graph, segment, self._prepared)
                 outputs = run_segment(call, [store[index] for index in segment.inputs], record, self._told)
                 store.update(zip(segment.outputs, outputs, strict=True))
             for index in segment.inputs:

@@ -6,6 +6,7 @@ returned to. The record holds next to nothing alive, so it costs nothing where n
 
     value of the call   kept by somebody, and as it was       -> that tensor
                         made by a segment                     -> the segment runs again, from values found in this way
+                                                                 (one that runs plainly, too, unless it draws numbers)
                         else                                  -> lost
 """
 
@@ -121,7 +122,7 @@ class CallRecord:
         if store is None:
             return None
         with ambient.restored(), torch.set_grad_enabled(history):
-            if history:
+            if history or call.program.plain:
                 run_plainly(call, store)
             else:
                 run_forward(call, store, again=True)
