@@ -205,7 +205,9 @@ def _check_row(graph: RowGraph, store: dict[int, Any], node: Any, rule: RowRule,
         axes = graph.axes[value]
         want = _cut(_cut(store[value], axes.row, tile.rows), axes.batch if graph.batch_splits else None, tile.batch)
         if not graph.readers[value] and value not in graph.graph.output_values() and slab is slabs[0]:
-            continue  # an output that nobody reads may be a stand-in
+            # What nobody reads may be a stand-in: of the shape and the type that it would have.
+            assert (slab.shape, slab.dtype) == (want.shape, want.dtype), where
+            continue
         gap = difference(slab, want)
         assert gap < 1e-12, f"{where}: differs by {gap:.2e} (shapes {list(slab.shape)}, {list(want.shape)})"
     if type(rule).hollow is not RowRule.hollow:

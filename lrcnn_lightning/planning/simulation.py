@@ -114,7 +114,11 @@ class _Walk:
         self.drops = program.drops
         peaks: dict[int, int] = {}  # peak so far -> the segment that was run when it was reached
         step_peaks: dict[str, tuple[int, ...]] = {}
-        kept = {index for segment in segments for index in segment.kept}
+        kept: frozenset[int] = frozenset()
+        kept_before: list[frozenset[int]] = []  # by the segments before each
+        for segment in segments:
+            kept_before.append(kept)
+            kept |= frozenset(segment.kept)
         if graph.cast_bytes:
             memory.allocate(("cast",), graph.cast_bytes)
         self.wholes.plainly(prologue, self.drops)  # the same in every plan, and it counts as no work
@@ -133,8 +137,7 @@ class _Walk:
                     memory.allocate(("gradient", index), 0)  # it comes from outside
             for number, segment in reversed(list(enumerate(segments))):
                 peaks.setdefault(memory.peak, min(number + 1, len(segments) - 1))
-                kept_before = {index for earlier in segments[:number] for index in earlier.kept}
-                step_peaks[segment.name] = self.run_backward(segment, kept_before)
+                step_peaks[segment.name] = self.run_backward(segment, kept_before[number])
             self.wholes.differentiate_plainly(prologue)
         timeline, peak_segment = tuple(memory.timeline), peaks.get(memory.peak, 0)
         return Cost(memory.peak, self.seconds, timeline, peak_segment, step_peaks, tuple(self.segments))
