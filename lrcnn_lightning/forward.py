@@ -129,6 +129,8 @@ class RowwiseForward(StandIn):
         self._parts: list[RowwiseForward] | None = None
         """What runs row by row in its place; None before it is needed."""
         self._asleep = 0
+        self.is_part = False
+        """Whether it is a part of a module that does not run row by row."""
         self._is_told_of = False
         """Whether the module that it is a part of says what becomes of it."""
 
@@ -204,7 +206,7 @@ class RowwiseForward(StandIn):
                 device = device_of(inputs)
                 plan = self._planned(Problem(graph, leaves, grad and bool(leaves), Machine.of(device)), device)
                 self._pending = weakref.WeakSet() if self._pending is None else self._pending
-                chosen = plan, Execution(plan, self._told_by_engine, self._pending)
+                chosen = plan, Execution(plan, self._told_by_engine, self._pending, self.is_part)
                 self._plans.put(plan_key, chosen, plan.calls)
                 self._warn_of(plan)
         return *chosen, inputs
@@ -314,6 +316,8 @@ class RowwiseForward(StandIn):
         _log(self.where, refusal)
         if self._parts is None:
             self._parts = self._divide(self)
+            for part in self._parts:
+                part.is_part = True
         with self._told(refusal, args, kwargs):
             return self.original(*args, **kwargs) if result is _NOTHING else result
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from lrcnn_lightning.config import RowConfig, format_count, format_size
-from lrcnn_lightning.engine.segment import CHANGED_MAP, SECOND_DERIVATIVE
+from lrcnn_lightning.engine.segment import CHANGED_ARGUMENT, CHANGED_MAP, SECOND_DERIVATIVE
 from lrcnn_lightning.graph import HookCall
 from lrcnn_lightning.planning.plan import Plan
 from lrcnn_lightning.rules import RowGraph, find_factory
@@ -34,6 +34,11 @@ BACKWARD = {
     SECOND_DERIVATIVE: (
         "its gradient is differentiated (create_graph=True): for that its segments run plainly, one after the other, "
         "which is exact and takes the memory of plain PyTorch for the largest of them"
+    ),
+    CHANGED_ARGUMENT: (
+        "an argument of it was changed in place after the call (as by `x += y`), by the code of the module around it, "
+        "which cannot run row by row: it was computed once more, from a copy, and a copy is kept from now on; "
+        "`x = x + y` does without"
     ),
     CHANGED_MAP: (
         "a map that it has returned was changed in place (as by `features += ...`), and is kept for the backward pass "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lrcnn_lightning.engine.record import CallRecord, SegmentCall
 from lrcnn_lightning.engine.rows import run_node
-from lrcnn_lightning.engine.segment import CHANGED_MAP, run_segment
+from lrcnn_lightning.engine.segment import CHANGED_ARGUMENT, CHANGED_MAP, INTACT, run_segment
 from lrcnn_lightning.engine.slabs import Prepared
 from lrcnn_lightning.engine.undo import Before, Undone, draws_numbers, written_buffers
 from lrcnn_lightning.errors import is_out_of_memory
@@ -70,7 +70,12 @@ class Execution:
         program: Program,
         tell: Callable[[str], None] = lambda event: None,
         pending: weakref.WeakSet[CallRecord] | None = None,
+        is_part: bool = False,
     ) -> None:
+        """``is_part``: whether the module is called by the code of another one that cannot run row by row, which may
+        change in place what it has given to its parts. Then copies of arguments are kept until a backward pass finds
+        all as it was, and for good where it does not.
+        """
         self.program, self._tell = program, tell
         """``tell`` is told of backward passes that take more than was planned (`engine.segment`)."""
         self._copies = False
@@ -83,6 +88,8 @@ class Execution:
         self._pending: weakref.WeakSet[CallRecord] = weakref.WeakSet() if pending is None else pending
         """Of calls of the module, by this plan or another, whose backward pass may come."""
         self._views = _returned_views(program.graph)
+        self._keeps_arguments, self._arguments_change = is_part, False
+        self._arguments = [value.index for value in program.graph.graph.inputs if program.graph.is_map(value.index)]
 
     def __call__(self, module: nn.Module, inputs: Sequence[Any]) -> Any:
         """Run the plan on the flat inputs of a call; returns what the module would return.
@@ -107,6 +114,8 @@ class Execution:
         record = CallRecord()
         if self._writes and torch.is_grad_enabled():
             self._pending.add(record)
+        if self._keeps_arguments and torch.is_grad_enabled():
+            record.keep_copies({index: store[index] for index in self._arguments})
         for number, segment in enumerate(program.segments):
             call = SegmentCall(graph, segment, self._prepared)
             if segment.plain:
@@ -147,7 +156,10 @@ class Execution:
     def _told(self, event: str) -> None:
         """Maps that are returned are copied once one was changed, so that what is kept of the next ones stays."""
         self._copies = self._copies or event == CHANGED_MAP
-        self._tell(event)
+        self._arguments_change = self._arguments_change or event == CHANGED_ARGUMENT
+        self._keeps_arguments = self._arguments_change or (self._keeps_arguments and event != INTACT)
+        if event != INTACT:
+            self._tell(event)
 
 
 def _data_writes(program: Program) -> dict[int, int]:

@@ -13,7 +13,7 @@ returned to. The record holds next to nothing alive, so it costs nothing where n
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +81,14 @@ class CallRecord:
         """Whole values that hardly take memory and that nobody else may keep."""
         self._before: dict[int, Tensor] = {}
         """What weights were whose data a later call of the module has changed."""
+        self._copies: dict[int, Tensor] = {}
+        """Arguments as they were."""
+        self.needs_copies = False
+        """Whether one of the arguments has been changed in place."""
+
+    def keep_copies(self, tensors: Mapping[int, Tensor]) -> None:
+        """Keep copies of arguments, which whoever has called may change in place."""
+        self._copies = {index: tensor.detach().clone() for index, tensor in tensors.items()}
 
     def keep_before(self, tensor: Tensor, before: Tensor) -> None:
         """The data of a tensor has been changed by a later call of the module; it was ``before``."""
@@ -115,6 +123,9 @@ class CallRecord:
             return tensor
         if index in self._before and not history:
             return self._before[index].clone()
+        if index in self._copies and not history:
+            self.needs_copies = True
+            return self._copies[index]
         call = self._makers.get(index)
         if call is None:
             return None

@@ -40,11 +40,13 @@ from lrcnn_lightning.planning.steps import (
 )
 from lrcnn_lightning.rules import Axes
 
-__all__ = ["CHANGED_MAP", "SECOND_DERIVATIVE", "run_segment"]
+__all__ = ["CHANGED_ARGUMENT", "CHANGED_MAP", "INTACT", "SECOND_DERIVATIVE", "run_segment"]
 
 CHANGED_MAP = "a map that was returned has been changed"
+CHANGED_ARGUMENT = "an argument has been changed"
+INTACT = "nothing that is kept has been changed"
 SECOND_DERIVATIVE = "a gradient is differentiated"
-"""What a backward pass tells of."""
+"""What a backward pass tells of; `INTACT` is no news."""
 
 Tell = Callable[[str], None]
 _Gradients = tuple[Tensor | None, ...]
@@ -244,8 +246,9 @@ def _kept(ctx: Any) -> tuple[dict[int, Any], dict[str, Carries], dict[int, Tenso
         ctx.maybe_clear_saved_tensors()
         later = ctx.record.later(call)
         if not later:
-            ctx.tell(CHANGED_MAP)
+            ctx.tell(CHANGED_ARGUMENT if ctx.record.needs_copies else CHANGED_MAP)
         return {index: store.get(index, inputs.get(index)) for index in call.program.kept}, again, later
+    ctx.tell(INTACT)
     ctx.maybe_clear_saved_tensors()  # unless the graph is retained: what is freed below is then really free
     borders = len(call.program.kept)
     carries: dict[str, Carries] = {}
