@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -12,8 +14,13 @@ from lrcnn_lightning import RowConfig
 from lrcnn_lightning.forward import RowwiseForward
 from lrcnn_lightning.models.resnet import resnet18
 from lrcnn_lightning.monitor import measure_fake
+from lrcnn_lightning.planning.machine import CPU
 from lrcnn_lightning.planning.plan import Plan
+from lrcnn_lightning.planning.problem import Problem
+from lrcnn_lightning.planning.search import choose_plan
+from lrcnn_lightning.planning.workspace import Workspaces
 from lrcnn_lightning.recent import Recent
+from tests.oracle import requires_grad_leaves, row_graph
 from tests.twins import image, twins, walk
 
 SIZES = [(96, 64), (104, 72), (88, 80), (120, 64), (96, 96), (128, 100)]
@@ -98,6 +105,25 @@ class Choosy(nn.Module):
 def test_a_module_that_does_something_else_is_searched_for() -> None:
     plans = planned(Choosy(), [(96, 80), (96, 64), (96, 76), (96, 60)], mode="two_phase", rows=2)
     assert [plan.is_transferred for plan in plans] == [False, False, True, True]
+
+
+def test_on_a_device_whose_workspaces_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan that was searched for has those of its own rows; others are taken from a few heights while they are made.
+    A size that keeps the budget by these alone is divided further.
+    """
+    gpu = replace(CPU, caching=True, device=torch.device("cuda", 0))
+    module = network().double()
+    problems = []
+    for size in ((96, 64), (100, 64)):
+        x = torch.randn(1, 3, *size, dtype=torch.float64)
+        graph = row_graph(module, [x], 2)
+        problems.append(Problem(graph, requires_grad_leaves(graph.graph, module, [x]), True, gpu))
+    monkeypatch.setattr(Workspaces, "_found", lambda self, call: 1024)
+    config, cpu = RowConfig(mode="two_phase", memory_budget=512 * 1024), torch.device("cpu")
+    first = choose_plan(problems[0], config, cpu)
+    second = choose_plan(problems[1], config, cpu, [first])
+    assert not first.machine.interpolates and second.is_transferred and second.machine == first.machine
+    assert second.peak_bytes <= 512 * 1024
 
 
 def test_what_was_used_of_late_is_remembered() -> None:

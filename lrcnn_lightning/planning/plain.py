@@ -26,7 +26,7 @@ from lrcnn_lightning.planning.work import Work
 from lrcnn_lightning.planning.workspace import Workspaces
 from lrcnn_lightning.rules import Role
 
-__all__ = ["plain_cost"]
+__all__ = ["plain_cost", "plain_seconds"]
 
 
 def plain_cost(problem: Problem) -> Cost:
@@ -38,7 +38,7 @@ def plain_cost(problem: Problem) -> Cost:
         workspaces = Workspaces(machine, graph.learned.setdefault("workspaces", {}))
         known[key] = _memory(graph.captured, problem.differentiable, graph.autocast, workspaces)
     peak, timeline = known[key]
-    return Cost(peak, _seconds(problem), timeline)
+    return Cost(peak, plain_seconds(problem), timeline)
 
 
 def _memory(
@@ -148,7 +148,8 @@ def _run(node: Node, store: Mapping[int, Any]) -> tuple[Any, ...]:
     return tuple(result) if isinstance(result, (list, tuple)) else (result,)
 
 
-def _seconds(problem: Problem) -> float:
+def plain_seconds(problem: Problem) -> float:
+    """How long one step of plain execution takes."""
     work = Work(problem.graph, problem.machine, problem.machine.seconds_a_call)
     seconds = 0.0
     for position, role in enumerate(problem.graph.roles):

@@ -86,9 +86,11 @@ def choose_plan(problem: Problem, config: RowConfig, device: torch.device, other
     may_be_plain = config.chooses_freely and not graph.communicates and plain.oversized is None
     if may_be_plain and budget is not None and plain.peak_bytes <= budget:
         return plain
-    known = transferred(problem, config, budget, others)
-    best = _searched(problem, config, budget) if known is None else known
-    if may_be_plain and best.mode != "plain" and plain.peak_bytes <= best.peak_bytes:
+    near = transferred(problem, config, budget, others)
+    if near is not None:
+        return near
+    best = _searched(problem, config, budget)
+    if may_be_plain and plain.peak_bytes <= best.peak_bytes:
         best = plain
     if budget is not None and best.peak_bytes > budget:
         raise BudgetError(

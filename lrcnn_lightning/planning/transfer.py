@@ -20,6 +20,7 @@ from dataclasses import replace
 
 from lrcnn_lightning.config import RowConfig
 from lrcnn_lightning.planning.choices import Choices
+from lrcnn_lightning.planning.plain import plain_seconds
 from lrcnn_lightning.planning.plan import Plan
 from lrcnn_lightning.planning.planner import Planner, plain_plan
 from lrcnn_lightning.planning.problem import Problem
@@ -57,7 +58,9 @@ def transferred(problem: Problem, config: RowConfig, budget: int | None, plans: 
     for _ in range(_TRIES):
         plan = planner.plan(choices)
         if planner.oversized(plan) is None and _suits(planner, plan, near, config, budget):
-            return replace(plan, is_transferred=True)
+            exact = plan.on(near.machine)  # with the workspaces of its own rows, where these are tried on the device
+            if exact.machine == plan.machine or budget is None or exact.peak_bytes <= budget:
+                return replace(exact, is_transferred=True, notes=near.notes)
         more = _with_rows(choices, _MORE_ROWS, problem.graph.input_height)
         if config.rows != "auto" or budget is None or more == choices:
             return None
@@ -69,16 +72,16 @@ def _plainly(problem: Problem, near: Plan, budget: int | None) -> Plan | None:
     """Plain PyTorch, where it is not for the budget that it was chosen, but because rows save nothing: of a much larger
     input they may.
     """
-    plan = replace(plain_plan(problem), is_transferred=True)
+    plan = replace(plain_plan(problem), is_transferred=True, notes=near.notes)
     larger = _elements(problem) > _LARGER * _elements(near.problem)
     return None if budget is not None or larger or plan.oversized is not None else plan
 
 
 def _alike(one: Problem, other: Problem) -> bool:
     """Whether two problems are the same but for sizes."""
-    if (one.training, one.leaves, one.machine) != (other.training, other.leaves, other.machine):
+    if (one.training, one.leaves) != (other.training, other.leaves):
         return False
-    return one.graph.skeleton == other.graph.skeleton
+    return replace(one.machine, interpolates=True) == other.machine and one.graph.skeleton == other.graph.skeleton
 
 
 def _elements(problem: Problem) -> int:
@@ -115,7 +118,6 @@ def _suits(planner: Planner, plan: Plan, near: Plan, config: RowConfig, budget: 
     cost = planner.cost(plan)
     if budget is not None:
         return cost.peak_bytes <= budget
-    plain, within = plan.plain_cost, 1 + config.max_overhead
-    share, share_near = cost.peak_bytes / max(plain.peak_bytes, 1), near.peak_bytes / max(near.plain_peak_bytes, 1)
-    in_time, near_in_time = cost.seconds <= within * plain.seconds, near.overhead <= config.max_overhead
-    return share <= _WORSE * share_near and (in_time or not near_in_time)
+    grown = _elements(plan.problem) / _elements(near.problem)  # as plain PyTorch's memory has, too
+    in_time = cost.seconds <= (1 + config.max_overhead) * plain_seconds(plan.problem)
+    return cost.peak_bytes <= _WORSE * grown * near.peak_bytes and (in_time or near.overhead > config.max_overhead)
