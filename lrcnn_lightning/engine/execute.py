@@ -88,6 +88,7 @@ class Execution:
         self._pending: weakref.WeakSet[CallRecord] = weakref.WeakSet() if pending is None else pending
         """Of calls of the module, by this plan or another, whose backward pass may come."""
         self._views = _returned_views(program.graph)
+        self._remade = _remade(program)
         self._keeps_arguments, self._arguments_change = is_part, False
         self._arguments = [value.index for value in program.graph.graph.inputs if program.graph.is_map(value.index)]
 
@@ -119,7 +120,7 @@ class Execution:
         for number, segment in enumerate(program.segments):
             call = SegmentCall(graph, segment, self._prepared)
             if segment.plain:
-                if not any(draws(graph.nodes[position]) for position in segment.nodes):
+                if number in self._remade:
                     record.note(call, store)
                 self._run_plainly(segment.nodes, store)
             else:
@@ -160,6 +161,18 @@ class Execution:
         self._keeps_arguments = self._arguments_change or (self._keeps_arguments and event != INTACT)
         if event != INTACT:
             self._tell(event)
+
+
+def _remade(program: Program) -> set[int]:
+    """The numbers of the segments that run plainly and whose results rows read: these may have to be made once more."""
+    read = {index for segment in program.segments if not segment.plain for index in segment.inputs}
+    return {
+        number
+        for number, segment in enumerate(program.segments)
+        if segment.plain
+        and not read.isdisjoint(segment.outputs)
+        and not any(draws(program.graph.nodes[position]) for position in segment.nodes)
+    }
 
 
 def _data_writes(program: Program) -> dict[int, int]:
