@@ -56,7 +56,7 @@ class Captures:
         """
         key = self._key(inputs, structure)
         broken = None
-        alike = [graph for graph, other in zip(self._graphs, self._graphs.values(), strict=True) if other == key]
+        alike = [graph for graph, other in self._graphs.items() if other == key]
         for graph in alike:
             broken = graph.graph.guards.broken()
             if broken is None:

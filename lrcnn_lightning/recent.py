@@ -31,9 +31,13 @@ class Recent(Generic[Key, Value]):
     def __iter__(self) -> Iterator[Key]:
         return iter(tuple(self._entries))
 
+    def items(self) -> Iterator[tuple[Key, Value]]:
+        """All keys and values, the latest used last."""
+        return ((key, value) for key, (value, _) in tuple(self._entries.items()))
+
     def values(self) -> Iterator[Value]:
         """All values, the latest used last."""
-        return (value for value, _ in tuple(self._entries.values()))
+        return (value for _, value in self.items())
 
     def get(self, key: Key) -> Value | None:
         """The value of a key, which has been used now; None if there is none."""
@@ -42,7 +46,7 @@ class Recent(Generic[Key, Value]):
         self._entries.move_to_end(key)
         return self._entries[key][0]
 
-    def put(self, key: Key, value: Value, weight: int) -> Value:
+    def put(self, key: Key, value: Value, weight: int) -> None:
         """Remember a value, and drop the oldest ones for which there is no room beside it."""
         if key in self._entries:
             self._weight -= self._entries.pop(key)[1]
@@ -50,4 +54,3 @@ class Recent(Generic[Key, Value]):
         self._weight += weight
         while self._weight > self.most and len(self._entries) > self.least:
             self._weight -= self._entries.popitem(last=False)[1][1]
-        return value

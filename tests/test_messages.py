@@ -25,15 +25,9 @@ from lrcnn_lightning.messages import needless_rows, summary
 from lrcnn_lightning.monitor import measure_fake
 from lrcnn_lightning.rowwise import RowwiseForward
 from lrcnn_lightning.session import RowwiseSession
+from tests.tasks import QUIET
 
 IMAGES = torch.randn(2, 3, 16, 12)
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-    "logger": False,
-}
 
 
 def network() -> nn.Sequential:

@@ -104,7 +104,7 @@ def find_frontier(problem: Problem, config: RowConfig) -> Frontier:
     checkpoints = []
     for segments in _CHECKPOINTS if problem.training else ():
         plan = planner.plan(Choices("overlap", 1, segments, 1, "borders"))
-        if planner.oversized(plan) is None:
+        if planner.limit.oversized(plan) is None:
             checkpoints.append(Point(plan.peak_bytes, plan.overhead, format_count(segments, "segment")))
     chosen = [point for point in _best([*rows, start]) if point is not start]
     return Frontier(tuple(_thinned(chosen)), tuple(_best(checkpoints)), start)

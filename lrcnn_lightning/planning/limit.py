@@ -28,7 +28,7 @@ from lrcnn_lightning.planning.program import Program
 from lrcnn_lightning.planning.steps import RunWhole, Segment
 from lrcnn_lightning.rules import Interval, Role, RowGraph, RowRule
 
-__all__ = ["Large", "Limit", "check_limit", "largest_map"]
+__all__ = ["Large", "Limit", "largest_map"]
 
 _ON_THE_WAY = 8
 """A tensor that an operation makes on the way has at most so many times the elements of the largest in the graph."""
@@ -86,6 +86,26 @@ class Limit:
         largest = max(tensors, key=lambda large: large.elements, default=None)
         return largest if largest is not None and largest.elements > most else None
 
+    def check(self, program: Program) -> None:
+        """Prove that no operation of a program has a tensor that is too large. Raises `PlanError` for one that has."""
+        large = self.oversized(program)
+        if large is None:
+            return
+        graph, most, choices = program.graph, program.machine.most_elements, program.choices
+        many = f"allowed are {most:,} elements, since kernels count them in 32 bits"
+        if not large.by_rows:
+            raise PlanError(
+                f"{large.described(graph)}, and runs on full maps; {many}. No number of rows helps; what does: a "
+                "smaller image or batch, or to leave this operation out of what runs row by row"
+            )
+        rows = -(-choices.rows * large.elements // most)
+        height = graph.height(graph.nodes[large.node].outputs[0])
+        advice = f"rows={rows} or more, rows='auto'," if rows <= height else "a narrower image,"
+        raise PlanError(
+            f"{large.described(graph)}, with rows={choices.rows} and batch_chunks={program.chunks}; {many}. What "
+            f"helps: {advice} more batch_chunks where a batch can be divided, or a smaller image or batch"
+        )
+
     def largest(self, loop: Loop) -> Large:
         """The largest tensor that an operation has on any row and chunk of a loop."""
         samples = max(chunk.length for chunk in loop.chunks)
@@ -100,27 +120,6 @@ def _plain_oversized(graph: RowGraph, most: int) -> Large | None:
     found = (_of_values(graph, p, (*node.inputs, *node.outputs)) for p, node in enumerate(graph.nodes))
     largest = max(found, key=lambda large: large.elements, default=None)
     return largest if largest is not None and largest.elements > most else None
-
-
-def check_limit(program: Program) -> None:
-    """Prove that no operation of a program has a tensor that is too large. Raises `PlanError` for one that has."""
-    large = Limit(program.problem).oversized(program)
-    if large is None:
-        return
-    graph, most, choices = program.graph, program.machine.most_elements, program.choices
-    many = f"allowed are {most:,} elements, since kernels count them in 32 bits"
-    if not large.by_rows:
-        raise PlanError(
-            f"{large.described(graph)}, and runs on full maps; {many}. No number of rows helps; what does: a smaller "
-            "image or batch, or to leave this operation out of what runs row by row"
-        )
-    rows = -(-choices.rows * large.elements // most)
-    height = graph.height(graph.nodes[large.node].outputs[0])
-    advice = f"rows={rows} or more, rows='auto'," if rows <= height else "a narrower image,"
-    raise PlanError(
-        f"{large.described(graph)}, with rows={choices.rows} and batch_chunks={program.chunks}; {many}. What helps: "
-        f"{advice} more batch_chunks where a batch can be divided, or a smaller image or batch"
-    )
 
 
 def _of_values(graph: RowGraph, position: int, values: Collection[int]) -> Large:

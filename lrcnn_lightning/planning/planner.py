@@ -12,7 +12,7 @@ from lrcnn_lightning.planning.choices import Choices, Part
 from lrcnn_lightning.planning.cost import Cost
 from lrcnn_lightning.planning.data import choices_of
 from lrcnn_lightning.planning.keeping import choose_residencies
-from lrcnn_lightning.planning.limit import Large, Limit, check_limit
+from lrcnn_lightning.planning.limit import Limit
 from lrcnn_lightning.planning.loops import Loops
 from lrcnn_lightning.planning.plan import Plan
 from lrcnn_lightning.planning.problem import Problem
@@ -66,10 +66,6 @@ class Planner:
         """What a plan costs, as `Plan.cost` but for the timeline, and sooner."""
         return plan.plain_cost if plan.mode == "plain" else self._simulator.cost(plan)
 
-    def oversized(self, plan: Plan) -> Large | None:
-        """As `Plan.oversized`, and sooner."""
-        return self.limit.oversized(plan)
-
     def saved(self, saved: SavedPlan) -> Plan:
         """The plan that was saved.
 
@@ -80,7 +76,7 @@ class Planner:
         if saved.mode == "plain":
             return plain_plan(self.problem)
         plan = self.plan(choices_of(saved.data, self.problem.graph))
-        check_limit(plan)
+        self.limit.check(plan)
         return plan
 
     def plan(self, choices: Choices, most_bytes: float = math.inf) -> Plan:

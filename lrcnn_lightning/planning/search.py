@@ -21,7 +21,7 @@ from lrcnn_lightning.errors import BudgetError, ConfigError
 from lrcnn_lightning.monitor.measure import without_collector
 from lrcnn_lightning.planning.choices import Choices
 from lrcnn_lightning.planning.keeping import FORWARD_KEEPINGS, Keeping
-from lrcnn_lightning.planning.limit import check_limit, largest_map
+from lrcnn_lightning.planning.limit import largest_map
 from lrcnn_lightning.planning.machine import Machine
 from lrcnn_lightning.planning.moves import Moves
 from lrcnn_lightning.planning.notes import notes
@@ -130,7 +130,7 @@ def _searched(problem: Problem, config: RowConfig, budget: int | None) -> Plan:
     planner, aim = Planner(problem), budget
     for _ in range(_AIMS):
         best = search_plans(planner, config, aim, config.max_overhead)
-        check_limit(best)
+        planner.limit.check(best)
         if problem.machine.device is None or best.mode == "plain":
             return best
         exact = best.on(replace(problem.machine, interpolates=False))
@@ -159,7 +159,7 @@ def search_plans(
             search.vary(options)
         search.divide_more(config, height)
         assert search.best is not None
-        if planner.oversized(search.best) is None:
+        if planner.limit.oversized(search.best) is None:
             if budget is not None:
                 search.vary(_grid(planner, config, height))
                 search.try_dismissed()
@@ -305,7 +305,7 @@ class _Search:
     def _try(self, choices: Choices, most_bytes: float = math.inf) -> Plan:
         """Build and price a plan, and remember it if it is the best one so far."""
         plan = self._made(choices, most_bytes)
-        if self.planner.oversized(plan) is None:
+        if self.planner.limit.oversized(plan) is None:
             cost = self.planner.cost(plan)
             self.tried[choices] = cost.peak_bytes, cost.seconds
         else:
@@ -341,7 +341,7 @@ class _Search:
 
     def _is_oversized(self) -> bool:
         assert self.best is not None
-        return self.planner.oversized(self.best) is not None
+        return self.planner.limit.oversized(self.best) is not None
 
     def try_dismissed(self) -> None:
         """Try what seemed to take too long, while nothing fits."""

@@ -57,7 +57,7 @@ def transferred(problem: Problem, config: RowConfig, budget: int | None, plans: 
         choices = _with_rows(choices, _ratio(near.problem, problem, budget is not None), problem.graph.input_height)
     for _ in range(_TRIES):
         plan = planner.plan(choices)
-        if planner.oversized(plan) is None and _suits(planner, plan, near, config, budget):
+        if planner.limit.oversized(plan) is None and _suits(planner, plan, near, config, budget):
             exact = plan.on(near.machine)  # with the workspaces of its own rows, where these are tried on the device
             if exact.machine == plan.machine or budget is None or exact.peak_bytes <= budget:
                 return replace(exact, is_transferred=True, notes=near.notes)
