@@ -6,13 +6,15 @@ tensors with a mark. This file is the only one that knows; the others ask it.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode, maybe_get_fake_mode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode, maybe_get_fake_mode
 from torch._subclasses.fake_tensor import is_fake as _is_fake
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
@@ -29,8 +31,12 @@ __all__ = [
     "with_data",
 ]
 
-with_data = unset_fake_temporarily
-"""A context in which tensors have data, whatever modes for tensors without data are in force outside."""
+
+@contextlib.contextmanager
+def with_data() -> Iterator[None]:
+    """A context in which tensors have data and are not traced, whatever modes are in force outside."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
 
 
 def is_fake(tensor: object) -> bool:
@@ -46,7 +52,7 @@ def mode_of(tensor: Tensor) -> FakeTensorMode | None:
 @cache
 def names_of_fakes() -> frozenset[str]:
     """The attributes that tensors without data have for PyTorch's own use."""
-    with _disable_current_modes(), torch._C.DisableTorchFunction():
+    with with_data():
         fake = new_mode().from_tensor(torch.empty(1))
     annotated = (name for kind in type(fake).__mro__ for name in getattr(kind, "__annotations__", ()))
     return frozenset((*vars(fake), *annotated))

@@ -27,11 +27,11 @@ def few_plans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: Any) -> None:
-    """One process for each core, where pytest-xdist is there and nothing else is asked for. A GPU has one for all."""
+    """One process for each core, where pytest-xdist is there and nothing else is asked for; a few share a GPU."""
     option, is_worker = config.option, "PYTEST_XDIST_WORKER" in os.environ
-    free = not is_worker and getattr(option, "numprocesses", 0) is None and option.dist == "no"
-    if free and option.markexpr != "cuda":
-        option.numprocesses, option.dist = "auto", "worksteal"
+    if not is_worker and getattr(option, "numprocesses", 0) is None and option.dist == "no":
+        on_gpu = option.markexpr == "cuda"
+        option.numprocesses, option.dist = min(4, os.cpu_count() or 1) if on_gpu else "auto", "worksteal"
 
 
 def pytest_ignore_collect(collection_path: Path, config: Any) -> bool | None:

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import lrcnn_lightning
 from lrcnn_lightning.monitor import measure_fake
+from lrcnn_lightning.rules import sampling
 
 
 class Call(nn.Module):
@@ -116,6 +117,15 @@ def test_the_median_of_operations_is_near() -> None:
         errors.append(abs(module.__dict__["forward"].training_plan.peak_bytes / measured - 1))
         lrcnn_lightning.restore(module)
     assert statistics.median(errors) <= 0.05
+
+
+def test_a_resize_is_planned_while_a_step_is_measured_without_data() -> None:
+    """What places are copied is asked of ATen, by tensors with data; they were taken for the module's own."""
+    sampling._nearest_forward.cache_clear()
+    sampling._nearest_backward.cache_clear()
+    module = lrcnn_lightning.rowwise(around(nn.Upsample(scale_factor=2)), mode="two_phase", rows=6, segments=1)
+    assert measure_fake(module, IMAGES).peak_bytes > 0
+    assert module.__dict__["forward"].training_plan.mode == "two_phase"
 
 
 @pytest.mark.parametrize(("name", "share"), [("avg_pool2d", 0.8), ("adaptive_avg", 0.6)])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ from lrcnn_lightning import RowConfig
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
 from lrcnn_lightning.models import UNet
 from lrcnn_lightning.monitor.meter import MemoryMeter
+from lrcnn_lightning.planning import footprint
 from lrcnn_lightning.planning.choices import Choices
 from lrcnn_lightning.planning.machine import CPU, Machine
 from lrcnn_lightning.planning.planner import Planner, plain_plan
 from lrcnn_lightning.planning.problem import Problem
 from lrcnn_lightning.planning.search import choose_plan
-from lrcnn_lightning.planning.workspace import Call, Operand, Workspaces, between, product_call
+from lrcnn_lightning.planning.workspace import Call, Operand, Workspaces, product_call
 from lrcnn_lightning.rules import normalisation
 from tests.oracle import row_graph
 
@@ -107,15 +109,47 @@ def test_a_product_of_matrices_takes_nothing() -> None:
     assert Workspaces(GPU, {}).of(call) == 0
 
 
-def test_calls_on_a_line() -> None:
-    def call(rows: int) -> Call:
-        shape = (1, 8, rows + 2, 12)
-        operand = Operand(shape, (8 * (rows + 2) * 12, (rows + 2) * 12, 12, 1), torch.float32)
-        return Call(torch.ops.aten.convolution.default, (operand, None, (1, 1), False))
+class OnADevice(Workspaces):
+    """As on a device on which each trial is a run without data, which checks shapes."""
 
-    assert between(call(4), call(12), 0.5) == call(8)
-    assert between(call(4), call(12), (100 - 4) / 8) == call(100)
-    assert between(call(4), call(12), (1 - 4) / 8) == call(1)
+    tried: ClassVar[list[Call]] = []
+
+    def _found(self, call: Call) -> int:
+        if self._oversized(call):
+            return 0
+
+        def tensors(tree: Any) -> Any:
+            if isinstance(tree, Operand):
+                return torch.empty_strided(tree.shape, tree.strides, dtype=tree.dtype, device="meta")
+            return [tensors(item) for item in tree] if isinstance(tree, tuple) else tree
+
+        self.tried.append(call)
+        results = call.operation(*tensors(call.arguments))
+        return sum(t.numel() for t in results if t is not None) if isinstance(results, tuple) else results.numel()
+
+
+@pytest.mark.parametrize("size", [(192, 160), (2000, 12)], ids=str)
+def test_what_is_tried_on_a_device_is_what_rows_do(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls at other heights than those that were traced are no calls in between: the input and the gradient of a
+    transposed convolution are of different heights, and half of an odd one is no height. Nor is anything tried that
+    has more elements than kernels can count, which a GPU may never come back from.
+    """
+    monkeypatch.setattr(footprint, "Workspaces", OnADevice)
+    monkeypatch.setattr(OnADevice, "tried", [])
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 2, stride=2), nn.Tanh(), nn.ConvTranspose2d(8, 4, 3, stride=2)
+    )
+    x = torch.randn(1, 3, *size)
+    graph = row_graph(network, [x])
+    problem = Problem(graph, requires_grad_leaves(graph.graph, network, [x]), True, replace(GPU, most_elements=100_000))
+    for rows in (3, 5, 7):
+        for mode in ("two_phase", "overlap"):
+            assert Planner(problem).plan(Choices(mode, rows, 1)).peak_bytes > 0
+    plain_plan(problem)
+    operations = {call.operation for call in OnADevice.tried}
+    assert operations == {torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default}
+    largest = max(math.prod(a.shape) for call in OnADevice.tried for a in call.arguments if isinstance(a, Operand))
+    assert largest <= 100_000 < 8 * math.prod(size)
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {

@@ -29,13 +29,13 @@ from torch.fx.experimental.proxy_tensor import PythonKeyTracer, _ModuleStackTrac
 from torch.nn.modules import module as of_all_modules
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import (
-    _disable_current_modes,
     _get_current_dispatch_mode_stack,
     _pop_mode,
     _push_mode,
 )
 
 from lrcnn_lightning.errors import CaptureError
+from lrcnn_lightning.fake import with_data
 from lrcnn_lightning.graph.saved_hooks import pop_saved_hooks, saved_hooks
 from lrcnn_lightning.graph.state import random_states, same_items, set_random_states
 
@@ -259,20 +259,13 @@ def _tables(module: nn.Module) -> Iterator[_Kept]:
 # ------------------------------------------------------------------------------------------------- random states
 
 
-@contextlib.contextmanager
-def _with_data() -> Iterator[None]:
-    """States are tensors, and just now operations on tensors may be traced, or run without data."""
-    with _disable_current_modes(), _C.DisableTorchFunction():
-        yield
-
-
 def _generator(name: str, read: Callable[[], torch.Tensor], write: Callable[[torch.Tensor], Any]) -> _Kept:
     def read_state() -> _State:
-        with _with_data():
+        with with_data():
             return _State(read())
 
     def write_state(state: _State) -> None:
-        with _with_data():
+        with with_data():
             write(state.tensor)
 
     return _Kept(name, read_state, write_state)

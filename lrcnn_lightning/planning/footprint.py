@@ -22,7 +22,7 @@ from lrcnn_lightning.graph import Ref, dense_strides, map_refs
 from lrcnn_lightning.graph.switches import entered
 from lrcnn_lightning.planning.machine import CPU, Machine
 from lrcnn_lightning.planning.trial import Operand, Trial, called, results_of, tried, without_data
-from lrcnn_lightning.planning.workspace import Call, Workspaces, between
+from lrcnn_lightning.planning.workspace import Call, Workspaces
 from lrcnn_lightning.rules import Interval, Reduction, Role, RowGraph, RowRule, Tile
 
 __all__ = ["Footprint", "Footprints"]
@@ -117,9 +117,7 @@ class Footprints:
         found = self._found.get(key)
         if found is None:
             trial = self._whole_trial(position)
-            found = self._named(position, trial, None)
-            if trial is not None:
-                found = self._with_workspaces(found, *map(self._largest_workspace, trial.products))
+            found = self._with_workspaces(self._named(position, trial, None), *self._workspaces_of(trial))
             self._found[key] = found
         return found
 
@@ -147,11 +145,12 @@ class Footprints:
         if (top and bottom) or height < _HIGH + 2:
             return self._alone(position, computed, unwanted)
         low, high = _LOW, _HIGH
-        trials = []
-        for rows in (low, high):
+
+        def trial(rows: int) -> Trial | None:
             lo = 0 if top else height - rows if bottom else (height - rows) // 2
-            trials.append(self._slab_trial(position, Interval(lo, lo + rows), unwanted))
-        first, second = trials
+            return self._slab_trial(position, Interval(lo, lo + rows), unwanted)
+
+        first, second = trial(low), trial(high)
         if first is None or second is None or first.gradients.keys() != second.gradients.keys():
             return self._alone(position, computed, unwanted)
         part = (length - low) / (high - low)
@@ -169,15 +168,15 @@ class Footprints:
             gradients={number: at(first.gradients[number], b) for number, b in second.gradients.items()},
             largest=at(first.largest, second.largest),
         )
-        products = zip(first.products, second.products, strict=True)
-        workspaces = (self._workspace(*calls, length, height) for calls in products)
-        return self._with_workspaces(self._named(position, line, computed), *workspaces)
+        found = self._named(position, line, computed)
+        if not (self.machine.caching and any(second.products)):
+            return found
+        return self._with_workspaces(found, *self._workspaces_on_a_line(trial, length, height))
 
     def _alone(self, position: int, computed: Interval, unwanted: frozenset[int]) -> Footprint:
         """From one trial of a row."""
         trial = self._slab_trial(position, computed, unwanted)
-        found = self._named(position, trial, computed)
-        return found if trial is None else self._with_workspaces(found, *map(self._largest_workspace, trial.products))
+        return self._with_workspaces(self._named(position, trial, computed), *self._workspaces_of(trial))
 
     # ---------------------------------------------------------------- workspaces
 
@@ -195,22 +194,26 @@ class Footprints:
         """Of calls one after another."""
         return max(map(self._workspaces.of, calls), default=0) if self.machine.caching else 0.0
 
-    def _workspace(self, low: Sequence[Call], high: Sequence[Call], length: int, height: int) -> float:
-        """Of the calls on a row of some length, given those on the two lengths that are tried."""
-        if not self.machine.caching or [call.operation for call in low] != [call.operation for call in high]:
-            return self._largest_workspace(high) * length / _HIGH
+    def _workspaces_of(self, trial: Trial | None) -> tuple[float, float]:
+        """Forward and backward."""
+        if trial is None:
+            return 0.0, 0.0
+        forward, backward = map(self._largest_workspace, trial.products)
+        return forward, backward
 
-        def at(lines: int) -> float:
-            part = (lines - _LOW) / (_HIGH - _LOW)
-            return self._largest_workspace([between(*pair, part) for pair in zip(low, high, strict=True)])
-
-        if not self.machine.interpolates:
-            return at(length)
-        below, above = _neighbours(length, height)
+    def _workspaces_on_a_line(
+        self, trial: Callable[[int], Trial | None], length: int, height: int
+    ) -> tuple[float, float]:
+        """Forward and backward, on a row of some length. They are no line in it as sizes are: on a device an algorithm
+        is chosen for each length. So ``trial`` gives the very calls, at the lengths next to it.
+        """
+        below, above = _neighbours(length, height) if self.machine.interpolates else (length, length)
+        lower = self._workspaces_of(trial(below))
         if below == above:
-            return at(length)
-        share = (length - below) / (above - below)
-        return (1 - share) * at(below) + share * at(above)
+            return lower
+        share, upper = (length - below) / (above - below), self._workspaces_of(trial(above))
+        forward, backward = ((1 - share) * a + share * b for a, b in zip(lower, upper, strict=True))
+        return forward, backward
 
     def _slab_trial(self, position: int, computed: Interval, unwanted: frozenset[int]) -> Trial | None:
         key = (position, computed, unwanted)

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lrcnn_lightning.planning.machine import Machine
 
-__all__ = ["Call", "Operand", "Workspaces", "between", "product_call"]
+__all__ = ["Call", "Operand", "Workspaces", "product_call"]
 
 aten = torch.ops.aten
 
@@ -74,20 +74,6 @@ def _without_tensors(tree: Any) -> Any:
     return tuple(map(_without_tensors, tree)) if isinstance(tree, (list, tuple)) else tree
 
 
-def between(first: Any, second: Any, part: float) -> Any:
-    """What lies on the line through two calls on rows of different heights, ``part`` of the way from the first."""
-    if isinstance(first, Call):
-        return Call(first.operation, between(first.arguments, second.arguments, part))
-    if isinstance(first, Operand):
-        shape, strides = between(first.shape, second.shape, part), between(first.strides, second.strides, part)
-        return Operand(shape, strides, first.dtype)
-    if isinstance(first, tuple):
-        return tuple(between(a, b, part) for a, b in zip(first, second, strict=True))
-    if isinstance(first, int) and first != second:
-        return round(first + part * (second - first))
-    return first
-
-
 class Workspaces:
     """The workspaces of calls on a machine; ``known`` are those that were found before."""
 
@@ -108,12 +94,19 @@ class Workspaces:
 
     def _found(self, call: Call) -> int:
         device = self.machine.device
-        if device is None or not _fits(call, device):
+        if device is None or self._oversized(call) or not _fits(call, device):
             return _bound(call)
         try:
             return self._tried(call, device)
-        except torch.OutOfMemoryError:  # of the trial, and not of a step
+        except RuntimeError:  # no memory for it, or no kernel: a step would say so, a trial stops nothing
             return _bound(call)
+
+    def _oversized(self, call: Call) -> bool:
+        """Whether it reads or makes more elements than kernels can count: some then run for minutes, or for ever."""
+        operands = _operands(call)
+        if call.operation is _FORWARD:
+            operands.append(_result(call))
+        return any(math.prod(operand.shape) > self.machine.most_elements for operand in operands)
 
     def _tried(self, call: Call, device: torch.device) -> int:
         """What the allocator gives out during the call, beside the results."""

@@ -1,11 +1,11 @@
-"""Small networks of each kind; on a GPU torchvision's own, where it is installed."""
+"""Small networks of each kind; on a GPU larger ones, some of them torchvision's own where it is installed."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -132,16 +132,16 @@ class Net(NamedTuple):
         return module.double().to(device), x.to(device)
 
 
-def _of_torchvision(name: str, small: Callable[[], nn.Module], **options: Any) -> Callable[[], nn.Module]:
-    """A network of torchvision, or the small one."""
+def _of_torchvision(name: str, layers: int, small: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """The first layers of a network of torchvision, or the small one: each kind of layer is there."""
     if importlib.util.find_spec("torchvision") is None:
         return small
 
     def make() -> nn.Module:
         import torchvision
 
-        found: nn.Module = getattr(torchvision.models, name)(weights=None, **options)
-        return found
+        network: nn.Module = getattr(torchvision.models, name)(weights=None)
+        return nn.Sequential(*list(network.get_submodule("features"))[:layers])
 
     return make
 
@@ -150,29 +150,25 @@ def _vgg() -> nn.Module:
     return vgg16(width=0.0625, num_classes=3)
 
 
-def _large_vgg() -> nn.Module:
-    features: nn.Module = _of_torchvision("vgg11", lambda: nn.Sequential(vgg16(width=0.25)))().get_submodule(
-        "features" if importlib.util.find_spec("torchvision") else "0"
-    )
-    return features
-
-
 def _resnet() -> nn.Module:
     return resnet18(width=0.125, num_classes=3)
 
 
-_large_resnet = _of_torchvision("resnet18", lambda: resnet18(num_classes=5), num_classes=5)
+def _large_resnet() -> nn.Module:
+    return resnet18(width=0.5, num_classes=5)
+
+
 _unet = partial(UNet, base_channels=4, depth=2)
 _large_unet = partial(UNet, base_channels=16, depth=3)
 
 NETWORKS: Mapping[str, Net] = {
-    "VGG": Net(_vgg, _large_vgg),
+    "VGG": Net(_vgg, lambda: vgg16(width=0.25).get_submodule("features")),
     "ResNet": Net(_resnet, _large_resnet),
     "ResNet, frozen": Net(lambda: frozen(_resnet()), lambda: frozen(_large_resnet())),
     "U-Net": Net(_unet, _large_unet),
     "U-Net, bilinear": Net(partial(_unet, upsampling="bilinear"), partial(_large_unet, upsampling="bilinear")),
-    "ConvNeXt": Net(_convnext, _of_torchvision("convnext_tiny", _convnext, num_classes=5)),
-    "DenseNet": Net(_densenet, _of_torchvision("densenet121", _densenet, num_classes=5)),
-    "EfficientNet": Net(_efficientnet, _of_torchvision("efficientnet_b0", _efficientnet, num_classes=5)),
+    "ConvNeXt": Net(_convnext, _of_torchvision("convnext_tiny", 4, _convnext)),
+    "DenseNet": Net(_densenet, _of_torchvision("densenet121", 6, _densenet)),
+    "EfficientNet": Net(_efficientnet, _of_torchvision("efficientnet_b0", 4, _efficientnet)),
     "volume": Net(Volume, partial(Volume, 8), (1, 1, 16, 12, 10), (1, 1, 48, 40, 32)),
 }
