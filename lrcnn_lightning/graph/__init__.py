@@ -16,6 +16,7 @@ from lrcnn_lightning.graph.graph import (
     ValueKind,
     Write,
     dense_strides,
+    is_dense,
     map_refs,
     references,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "elementwise",
     "fake_run",
     "in_words",
+    "is_dense",
     "is_elementwise",
     "is_rehearsed",
     "is_rehearsed_elsewhere",

@@ -224,6 +224,16 @@ def map_refs(tree: Any, replace: Callable[[Ref], Any]) -> Any:
     return tree
 
 
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether elements lie without gaps, in any order of the dimensions, and none stands for several."""
+    step = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)) if all(shape) else ():
+        if size > 1 and stride != step:
+            return False
+        step *= size
+    return True
+
+
 def dense_strides(shape: Sequence[int], order: Sequence[int] | None = None) -> tuple[int, ...]:
     """Strides without gaps of a shape, its dimensions in the order of other strides; contiguous without these.
 

@@ -29,6 +29,9 @@ class BackwardRow(SimulatedRow):
         self.found: dict[int, Footprint] = {}
         self.held: dict[int, list[Any]] = {}
         """What autograd saved for a node: buffers."""
+        self.sliced: set[int] = set()
+        """Values whose slab gradient is a slice of a gradient map, or of what the loss has handed down."""
+        self.outside = frozenset(graph.graph.output_values())
         self.unreceived: dict[int, int] = {}
         """Source map -> differentiated nodes that have yet to give it a gradient."""
 
@@ -105,7 +108,8 @@ class BackwardRow(SimulatedRow):
             for value in node.inputs:
                 if value in self.run.wholes and (size := sum_bytes(graph, value)):
                     self.memory.allocate(("gradient", value), size)
-            self.memory.touch(share * footprint.backward + footprint.whole)
+            copies = self._copies_backward(position) if footprint.copies[1] else 0.0
+            self.memory.touch(share * footprint.backward + footprint.whole + copies)
             for value, size in footprint.gradients.items():
                 if value in self.run.maps or graph.producer.get(value) in self.run.differentiated:
                     received.append(value)
@@ -142,8 +146,25 @@ class BackwardRow(SimulatedRow):
                 seeds.append(("gradient", value))
             for seed in seeds:
                 self._add(name, 0.0 if whole else size, size, seed)
+            cuts = self.footprints.cuts(value, owned.length, self.graph.height(value), self.samples)
+            if (value in self.outside or cuts) and whole and seeds == [("gradient", value)] and value not in from_below:
+                self.sliced.add(value)
         if value in from_below:
             self._add(name, size, size, None)  # it is a part: in zeros of the slab's size
+
+    def _copies_backward(self, position: int) -> float:
+        """Bytes of dense copies: of the inputs, and of gradients that are parts of larger ones, with gaps."""
+        span, total = self.row.spans[position], self.copies(position)
+        for value in self.graph.nodes[position].outputs:
+            rows, joined = span.computed.length, span.lo < span.new
+            # The gradient of what was computed is a part of that of the slab with its carry. Where what was computed
+            # was itself cut to the slab, its gradient comes in zeros, which are dense.
+            part = (
+                self.footprints.cuts(value, rows, span.hi - span.lo, self.samples) if joined else value in self.sliced
+            )
+            if part and value not in self.gaps:
+                total += bytes_of(self.graph, value, rows, self.samples)
+        return total
 
     def _add(self, name: tuple[Any, ...], made: float, size: float, shared: tuple[Any, ...] | None) -> None:
         """Add to a gradient of ``size`` bytes one that takes ``made`` more, or is another's memory.

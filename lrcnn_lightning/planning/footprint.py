@@ -65,6 +65,10 @@ class Footprint(NamedTuple):
     largest: float
     """Elements (and not bytes) of the largest tensor that is made on the way, forward or backward, gradients of weights
     left out."""
+    copies: tuple[bool, bool] = (False, False)
+    """Whether kernels make dense copies of what has gaps first, forward and backward (`workspace`)."""
+    gaps: tuple[bool, ...] = ()
+    """Whether each result has gaps, being a part of a larger tensor."""
 
 
 class ReductionFootprint(NamedTuple):
@@ -117,7 +121,11 @@ class Footprints:
         found = self._found.get(key)
         if found is None:
             trial = self._whole_trial(position)
-            found = self._with_workspaces(self._named(position, trial, None), *self._workspaces_of(trial))
+            found = self._with_workspaces(self._named(position, trial, None), trial, self._workspaces_of(trial))
+            if found.copies[1]:
+                # A gradient from outside is one number for all places, where the loss is a sum or a mean.
+                outside = set(self.graph.nodes[position].outputs) & set(self.graph.graph.output_values())
+                found = found._replace(backward=found.backward + sum(self._bytes(index, None) for index in outside))
             self._found[key] = found
         return found
 
@@ -168,26 +176,40 @@ class Footprints:
             gradients={number: at(first.gradients[number], b) for number, b in second.gradients.items()},
             largest=at(first.largest, second.largest),
         )
-        found = self._named(position, line, computed)
-        if not (self.machine.caching and any(second.products)):
-            return found
-        return self._with_workspaces(found, *self._workspaces_on_a_line(trial, length, height))
+        workspaces = 0.0, 0.0
+        if self.machine.caching and any(second.kernels):
+            workspaces = self._workspaces_on_a_line(trial, length, height)
+        return self._with_workspaces(self._named(position, line, computed), second, workspaces)
 
     def _alone(self, position: int, computed: Interval, unwanted: frozenset[int]) -> Footprint:
         """From one trial of a row."""
         trial = self._slab_trial(position, computed, unwanted)
-        return self._with_workspaces(self._named(position, trial, computed), *self._workspaces_of(trial))
+        return self._with_workspaces(self._named(position, trial, computed), trial, self._workspaces_of(trial))
 
     # ---------------------------------------------------------------- workspaces
 
-    def _with_workspaces(self, footprint: Footprint, forward: float, backward: float) -> Footprint:
-        """With the bytes that kernels take forward and backward."""
-        if not (forward or backward):
+    def cuts(self, value: int, rows: int, of: int, samples: int) -> bool:
+        """Whether so many ``rows`` of a slab (or map) ``of`` so many rows, and of so many samples, have gaps."""
+        graph = self.graph
+        shape, row, batch = list(graph.values[value].shape), graph.axes[value].row, graph.axes[value].batch
+        if row is None or rows >= of:
+            return False
+        if batch is not None:
+            shape[batch] = samples
+        strides = dense_strides(graph.values[value].shape, self._known_strides().get(value))
+        return any(size > 1 and stride > strides[row] for size, stride in zip(shape, strides, strict=True))
+
+    def _with_workspaces(self, footprint: Footprint, trial: Trial | None, workspaces: tuple[float, float]) -> Footprint:
+        """With the bytes that kernels take forward and backward; ``trial`` tells which kernels."""
+        if trial is None or not self.machine.caching:
             return footprint
+        (forward, backward), kernels = workspaces, trial.kernels
         return footprint._replace(
             forward=footprint.forward + forward,
             recompute=footprint.recompute + forward,
             backward=footprint.backward + backward,
+            copies=(any(call.copies for call in kernels[0]), any(call.copies for call in kernels[1])),
+            gaps=trial.gaps,
         )
 
     def _largest_workspace(self, calls: Sequence[Call]) -> float:
@@ -198,7 +220,7 @@ class Footprints:
         """Forward and backward."""
         if trial is None:
             return 0.0, 0.0
-        forward, backward = map(self._largest_workspace, trial.products)
+        forward, backward = map(self._largest_workspace, trial.kernels)
         return forward, backward
 
     def _workspaces_on_a_line(

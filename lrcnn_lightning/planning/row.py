@@ -9,7 +9,7 @@ from lrcnn_lightning.planning.footprint import Footprint, Footprints
 from lrcnn_lightning.planning.halos import Row
 from lrcnn_lightning.planning.memory import Memory
 from lrcnn_lightning.planning.retained import bytes_of
-from lrcnn_lightning.rules import RowGraph
+from lrcnn_lightning.rules import RowGraph, RowRule
 
 __all__ = ["SimulatedRow"]
 
@@ -25,6 +25,8 @@ class SimulatedRow:
     ) -> None:
         self.graph, self.footprints, self.memory, self.row, self.samples = graph, footprints, memory, row, samples
         self.buffers = Buffers(memory)
+        self.gaps: set[int] = set()
+        """Values whose slab has gaps, being a part of what was computed."""
         self.waiting: dict[int, int] = {}
         """Value -> how many of the nodes have yet to read it."""
         for position in nodes:
@@ -35,6 +37,20 @@ class SimulatedRow:
         """The share of the batch that a node computes."""
         samples = self.graph.samples(self.graph.nodes[position].outputs[0])
         return self.samples / samples if samples else 1.0
+
+    def copies(self, position: int) -> float:
+        """Bytes of the dense copies that kernels make of what a node reads, where that has gaps."""
+        graph, rule, computed = self.graph, self.graph.rules[position], self.row.spans[position].computed
+        assert isinstance(rule, RowRule)
+        rows = rule.needed(computed).length
+        gaps = (value for value in graph.maps_read[position] if value in self.gaps or self._reads_part(value, rows))
+        return sum(bytes_of(graph, value, rows, self.samples) for value in gaps)
+
+    def _reads_part(self, value: int, rows: int) -> bool:
+        """Whether so many rows are a part with gaps: of the map of a source, or of a slab."""
+        span = self.row.spans.get(self.graph.producer.get(value, -1))
+        there = self.graph.height(value) if span is None else span.hi - span.lo
+        return self.footprints.cuts(value, rows, there, self.samples)
 
     def make(
         self, position: int, grad: bool, hollow: bool = False, unwanted: frozenset[int] = frozenset()
@@ -54,8 +70,12 @@ class SimulatedRow:
                 buffers.share(("slab", value), ("carry", value))  # it has no memory
             return footprint
         passing = footprint.recompute + footprint.extra if grad else footprint.forward
-        self.memory.touch(share * (passing + sum(footprint.results)))
+        copies = self.copies(position) if footprint.copies[0] else 0.0
+        self.memory.touch(share * (passing + sum(footprint.results)) + copies)
         joined = span.lo < span.new
+        self.gaps.update(
+            value for value, gaps in zip(node.outputs, footprint.gaps, strict=False) if gaps and not joined
+        )
         for value, view, size in zip(node.outputs, footprint.views, footprint.results, strict=True):
             name = ("fresh" if joined else "slab", value)
             if size or view is None:

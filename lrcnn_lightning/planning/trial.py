@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lrcnn_lightning.fake import FakeTensorMode, new_mode
-from lrcnn_lightning.graph import Node, Value, dense_strides, map_refs
+from lrcnn_lightning.graph import Node, Value, dense_strides, is_dense, map_refs
 from lrcnn_lightning.graph.saved_hooks import TOLD, saved_hooks
 from lrcnn_lightning.graph.switches import entered
 from lrcnn_lightning.graph.tap import tapped
 from lrcnn_lightning.monitor.meter import MemoryMeter
-from lrcnn_lightning.planning.workspace import Call, product_call
+from lrcnn_lightning.planning.workspace import Call, kernel_call
 
 __all__ = ["Autocast", "Operand", "Trial", "called", "results_of", "tried", "without_data"]
 
@@ -78,8 +78,10 @@ class Trial(NamedTuple):
     """Bytes of the gradient of each counted input that has one."""
     largest: float
     """Elements of the largest tensor that is made on the way, forward or backward, gradients of weights left out."""
-    products: tuple[tuple[Call, ...], tuple[Call, ...]] = ((), ())
-    """The convolutions and matrix products, forward and backward."""
+    kernels: tuple[tuple[Call, ...], tuple[Call, ...]] = ((), ())
+    """The calls whose kernels may take memory for themselves, forward and backward."""
+    gaps: tuple[bool, ...] = ()
+    """Whether each result is a part of a larger tensor, with gaps between its elements."""
 
 
 _SCALARS = 64  # bytes of the root, and of what single numbers an operation makes
@@ -180,15 +182,15 @@ def tried(
 
     Raises whatever the call raises.
     """
-    products: list[Call] = []
+    kernels: list[Call] = []
 
     def note(operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-        product = product_call(operation, args, kwargs)
-        products.extend(() if product is None else (product,))
+        call = kernel_call(operation, args, kwargs)
+        kernels.extend(() if call is None else (call,))
         return 0
 
     with without_data(autocast), MemoryMeter(passing=note) as meter:
-        return _Attempt(call, operands, meter, products, by_format).run()
+        return _Attempt(call, operands, meter, kernels, by_format).run()
 
 
 class _Attempt:
@@ -199,11 +201,11 @@ class _Attempt:
         call: Callable[[Mapping[int, Tensor]], Any],
         operands: Mapping[int, Operand],
         meter: MemoryMeter,
-        products: list[Call],
+        kernels: list[Call],
         by_format: bool,
     ) -> None:
         self.by_format = by_format
-        self.call, self.operands, self.meter, self.products = call, operands, meter, products
+        self.call, self.operands, self.meter, self.kernels = call, operands, meter, kernels
         self.origin = torch.zeros((), requires_grad=True)
         self.given: list[_Given] = []
         self.received: dict[int, Tensor] = {}
@@ -223,12 +225,13 @@ class _Attempt:
                     receive = partial(self._receive, number)
                     tensors[number] = tapped(tensors[number], self.origin, receive)  # as in the engine
             meter.reset_peak()
-            self.products.clear()
+            self.kernels.clear()
             results = self._results(tensors)
-            forward_products = tuple(self.products)
-            self.products.clear()
+            forward_kernels = tuple(self.kernels)
+            self.kernels.clear()
             recompute = meter.peak_bytes - meter.live_bytes
             views, sizes = _memory(list(tensors.values()), results)
+            gaps = tuple(isinstance(r, Tensor) and not is_dense(r.shape, r.stride()) for r in results)
             root = self._root(results)
         saved_results = [k for k in range(len(results)) if self._stays(results, k) and sizes[k]]
         numbers, held = list(tensors), list(tensors.values())
@@ -250,7 +253,8 @@ class _Attempt:
             tuple(sizes),
             gradients,
             self._largest(),
-            (forward_products, tuple(self.products)),
+            (forward_kernels, tuple(self.kernels)),
+            gaps,
         )
 
     def _largest(self) -> float:

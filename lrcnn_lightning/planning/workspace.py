@@ -3,13 +3,14 @@
 On a GPU convolutions take most of it. cuDNN computes them with channels last, and of maps in the other format it makes
 copies, forward and back, for the time of the call; its algorithms need room besides. How much that is, only a trial on
 the device tells: the operation is run there once on tensors of the same shapes, outside of any step, and what the
-allocator has given out meanwhile, less the results, is the workspace. Where there is no device to try it on, a bound
-holds:
+allocator has given out meanwhile, less the results, is the workspace. Where there is no device to try it on, and for
+maps so large that a trial could take long, a bound holds:
 
     maps not channels last     a copy of each map and weight that a convolution reads and makes
     maps channels last         room for an algorithm, a fixed number of bytes at most
     weight gradients           sums in float32, of a few parts of the map at once
     float64, depthwise         nothing: these kernels convolve maps as they lie
+    slices of a map            a dense copy, of convolutions, poolings and others
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from lrcnn_lightning.graph import is_dense
 from lrcnn_lightning.planning.machine import Machine
 
-__all__ = ["Call", "Operand", "Workspaces", "product_call"]
+__all__ = ["Call", "Operand", "Workspaces", "kernel_call"]
 
 aten = torch.ops.aten
 
@@ -32,11 +34,29 @@ _FORWARD, _BACKWARD = aten.convolution.default, aten.convolution_backward.defaul
 _PRODUCTS = {_FORWARD, _BACKWARD, *(getattr(aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm"))}
 """What is tried on a device. Whatever its tensors hold, these run."""
 
+_COPYING = (
+    *("max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d"),
+    *("avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d"),
+    *("upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact2d"),
+    *("_softmax", "_log_softmax", "native_layer_norm"),
+)
+_DENSE = {
+    getattr(aten, name + suffix).default
+    for name in _COPYING
+    for suffix in ("", "_backward", "_backward_data")
+    if hasattr(aten, name + suffix)
+}
+"""What takes no room but for dense copies of the maps that it reads, where these are slices; as convolutions do."""
+
 _PARTS = 4
 """Of a map, over which a weight gradient is summed apart."""
 
 _ROOM = 32 * 2**20
 """Of an algorithm, at most, where maps are channels last."""
+
+_MOST_TRIED = 2**28
+"""Elements of a tensor of a trial. Beyond, some kernels take seconds: an H200 took 14 of them for the gradient of a
+weight in float32 from a map of twice as many, and 0.05 from one of as many."""
 
 _SHARE = 0.25
 """Of the memory that is free on a device, at most, for the tensors of a trial."""
@@ -53,6 +73,10 @@ class Operand(NamedTuple):
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def dense(self) -> bool:
+        return is_dense(self.shape, self.strides)
+
 
 class Call(NamedTuple):
     """One call of an operation, with an `Operand` in the place of each tensor. Equal calls take the same."""
@@ -60,10 +84,15 @@ class Call(NamedTuple):
     operation: Any
     arguments: tuple[Any, ...]
 
+    @property
+    def copies(self) -> bool:
+        """Whether slices of maps are copied first, so that they are dense."""
+        return self.operation in _DENSE or self.operation in (_FORWARD, _BACKWARD)
 
-def product_call(operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
-    """The call, if it is one of a convolution or matrix product."""
-    if operation not in _PRODUCTS or kwargs:
+
+def kernel_call(operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
+    """The call, if it is one whose kernels may take memory for themselves."""
+    if kwargs or not (operation in _PRODUCTS or operation in _DENSE):
         return None
     return Call(operation, _without_tensors(args))
 
@@ -89,24 +118,17 @@ class Workspaces:
 
     def taken(self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         """Bytes, by what was called."""
-        call = product_call(operation, args, kwargs)
+        call = kernel_call(operation, args, kwargs)
         return 0 if call is None else self.of(call)
 
     def _found(self, call: Call) -> int:
         device = self.machine.device
-        if device is None or self._oversized(call) or not _fits(call, device):
+        if device is None or call.operation in _DENSE or _largest(call) > _MOST_TRIED or not _fits(call, device):
             return _bound(call)
         try:
             return self._tried(call, device)
         except RuntimeError:  # no memory for it, or no kernel: a step would say so, a trial stops nothing
             return _bound(call)
-
-    def _oversized(self, call: Call) -> bool:
-        """Whether it reads or makes more elements than kernels can count: some then run for minutes, or for ever."""
-        operands = _operands(call)
-        if call.operation is _FORWARD:
-            operands.append(_result(call))
-        return any(math.prod(operand.shape) > self.machine.most_elements for operand in operands)
 
     def _tried(self, call: Call, device: torch.device) -> int:
         """What the allocator gives out during the call, beside the results."""
@@ -156,26 +178,35 @@ def _operands(call: Call) -> list[Operand]:
     return [argument for argument in call.arguments if isinstance(argument, Operand)]
 
 
+def _largest(call: Call) -> int:
+    """Elements of the largest tensor that is read or made."""
+    operands = _operands(call)
+    if call.operation is _FORWARD:
+        operands.append(_result(call))
+    return max(math.prod(operand.shape) for operand in operands)
+
+
 def _bound(call: Call) -> int:
-    """Of a convolution (see the module's docstring); a matrix product takes nothing."""
+    """See the module's docstring; a matrix product takes nothing."""
     operands, sums = _operands(call), 0
     if call.operation is _FORWARD:
         x, weight = operands[:2]
-        groups = call.arguments[8]
+        groups, maps = call.arguments[8], [x]
     elif call.operation is _BACKWARD:
         x, weight = operands[1:3]
         *_, groups, mask = call.arguments
+        maps = operands[:2]
         sums = 4 * math.prod(weight.shape) * _PARTS if mask[1] else 0
     else:
-        return 0
+        return sum(operand.bytes for operand in operands if not operand.dense) if call.operation in _DENSE else 0
+    slices = sum(operand.bytes for operand in maps if not operand.dense)
     if x.dtype is torch.float64 or groups == x.shape[1] > 1:
-        return 0
+        return slices
     other = operands[0] if call.operation is _BACKWARD else _result(call)
     if _channels_last(x) or _channels_last(weight):
-        maps = operands[: 1 + (call.operation is _BACKWARD)]
-        copies = sum(operand.bytes for operand in maps if not _channels_last(operand))
-        return min(_ROOM, x.bytes + other.bytes) + sums + copies
-    return x.bytes + other.bytes + weight.bytes + sums
+        copies = sum(operand.bytes for operand in maps if operand.dense and not _channels_last(operand))
+        return min(_ROOM, x.bytes + other.bytes) + sums + copies + slices
+    return x.bytes + other.bytes + weight.bytes + sums + slices
 
 
 def _channels_last(operand: Operand) -> bool:
