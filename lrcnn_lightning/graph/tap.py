@@ -21,7 +21,8 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, tensor: Tensor, origin: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
         ctx.receive = receive
         # A view by shape may give other strides to dimensions of size 1, by which memory formats are told apart.
-        return torch.ops.aten.alias.default(tensor)
+        same: Tensor = torch.ops.aten.alias.default(tensor)
+        return same
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:

@@ -54,7 +54,7 @@ class Work:
         """
         price = self._price(position)
         seconds = max(wanted, 1) * share * price.maps + (1 + 2 * weights) * price.weights + self.seconds_a_call
-        return seconds + wanted * self.fresh(share * price.made)
+        return seconds + wanted * self.fresh(share * price.made) + weights * self._crawling(position, share)
 
     def backward_whole(self, position: int, differentiable: Collection[int]) -> float:
         """Of the backward pass of a call on full maps, if it has one."""
@@ -65,6 +65,15 @@ class Work:
         weights = sum(is_parameter(graph, index) and is_weight(graph, index) for index in wanted)
         maps = sum(not is_parameter(graph, index) for index in wanted)
         return self.backward(position, 1.0, maps + weights, weights)
+
+    def _crawling(self, position: int, share: float) -> float:
+        """Of the gradient of a weight from maps that are too large for any but a slow kernel."""
+        machine, graph, node = self.machine, self.graph, self.graph.nodes[position]
+        if math.isinf(machine.crawling_elements) or node.op not in PRODUCTS:
+            return 0.0
+        maps = (graph.values[i] for i in (*node.inputs, *node.outputs) if graph.is_map(i))
+        elements = share * max((value.elements for value in maps if value.dtype is torch.float32), default=0)
+        return elements * machine.seconds_a_crawling_element if elements > machine.crawling_elements else 0.0
 
     def fresh(self, size: float) -> float:
         """Of having ``size`` bytes for the first time, where that is so large that the memory was never used before."""

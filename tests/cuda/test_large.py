@@ -11,7 +11,7 @@ from lrcnn_lightning.planning.machine import MOST_ELEMENTS
 from tests.cuda.conftest import NO_GPU
 
 HEIGHT, WIDTH, CHANNELS = 20000, 16384, 8
-STRIPS, HALO = 8, 2
+STRIPS, HALO = 16, 2
 
 
 def network() -> nn.Sequential:
