@@ -1,8 +1,8 @@
 """Plain PyTorch, checkpointing and rows on a GPU: time, what the allocator counts, and what was predicted.
 
-    python benchmarks/gpu.py                              # minutes on one GPU; says so and stops without one
-    python benchmarks/gpu.py --networks vgg16 --side 4096 --channels-last
-    python benchmarks/gpu.py --float32
+    python -m benchmarks.gpu                              # minutes on one GPU; says so and stops without one
+    python -m benchmarks.gpu --networks vgg16 --side 4096 --channels-last
+    python -m benchmarks.gpu --float32
 
 One line for each network and way to train it: plainly, with activation checkpointing around each block, by rows without
 a budget (``memory_budget=None``), and by rows in a quarter of plain PyTorch's predicted memory. Time is that of a step,

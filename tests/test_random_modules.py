@@ -347,6 +347,27 @@ def test_caller(caller: str, name: str) -> None:
     verify(Recipe(("ordinary: tanh",), ending=name, caller=caller, input_gradient=True))
 
 
+STORIES = {
+    # Every second channel of a map in channels last: what was written row by row came in another order of dimensions,
+    # and dropout behind it, which draws in the order of memory, had other masks.
+    "layouts of parts": Recipe(
+        ("complex: Rotates", "random: dropout"), "labels", "dict", mode="overlap", rows=2, segments=2
+    ),
+    "layouts of parts, twice": Recipe(
+        ("complex: Rotates", "control: Checkpoints", "random: Bernoulli"), "labels", "vector", "called twice", rows=2
+    ),
+    # The first call runs plainly, and autograd refused its backward pass: `weight.data` had been written since.
+    "weight.data after a plain call": Recipe(
+        ("weights: SetsData", "weights: ClampsData", "weights: lazy"), caller="called twice", input_gradient=True
+    ),
+}
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_stories(story: str) -> None:
+    verify(STORIES[story])
+
+
 # ------------------------------------------------------------------------------------------------ everything at once
 
 COMMON = settings(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from lrcnn_lightning.rules import RowGraph
 
 __all__ = ["Execution", "live_tensor", "requires_grad_leaves"]
 
-_NONE: Mapping[int, int] = {}
+_NONE: Mapping[int, Any] = {}
 
 
 def live_tensor(module: nn.Module, name: str) -> Tensor:
@@ -84,7 +84,7 @@ class Execution:
         self._copied = written_buffers(program.graph)
         """Of what, with the random states, there are copies while the plan has not been executed to its end yet."""
         self._drops = program.drops
-        self._writes = _data_writes(program)
+        self._writes = _weight_writes(program)
         self._pending: weakref.WeakSet[CallRecord] = weakref.WeakSet() if pending is None else pending
         """Of calls of the module, by this plan or another, whose backward pass may come."""
         self._views = _returned_views(program.graph)
@@ -111,7 +111,7 @@ class Execution:
     def _run(self, module: nn.Module, inputs: Sequence[Any]) -> Any:
         program, graph = self.program, self.program.graph
         store = _sources(graph.graph, module, _prefixed(graph.graph, module, inputs))
-        self._run_plainly(program.problem.prologue, store, self._writes if self._pending else {})
+        self._run_plainly(program.problem.prologue, store, self._writes)
         record = CallRecord()
         if self._writes and torch.is_grad_enabled():
             self._pending.add(record)
@@ -141,14 +141,15 @@ class Execution:
         _write(module, graph.graph.writes, leaves[returned:])
         return graph.graph.structure.put_together(leaves[:returned])
 
-    def _run_plainly(self, nodes: Sequence[int], store: dict[int, Any], writes: Mapping[int, int] = _NONE) -> None:
-        """Run nodes under ordinary autograd, and drop what is not read any more; ``writes``: which of them change the
-        data of a weight in place, and the value that they write.
+    def _run_plainly(
+        self, nodes: Sequence[int], store: dict[int, Any], writes: Mapping[int, _WeightWrite] = _NONE
+    ) -> None:
+        """Run nodes under ordinary autograd, and drop what is not read any more; ``writes``: which of them change a
+        weight in place, and how.
         """
         for position in nodes:
-            node = self.program.graph.nodes[position]
-            written = store[writes[position]] if position in writes else None
-            with contextlib.nullcontext() if written is None else _changed_if_different(written, self._pending):
+            node, write = self.program.graph.nodes[position], writes.get(position)
+            with contextlib.nullcontext() if write is None else _written(store[write.value], write, self._pending):
                 results = run_node(node, store)
             store.update(zip(node.outputs, results, strict=True))
             for index in self._drops.get(position, ()):
@@ -175,35 +176,47 @@ def _remade(program: Program) -> set[int]:
     }
 
 
-def _data_writes(program: Program) -> dict[int, int]:
-    """The nodes of the prologue that write a parameter in place, or its data, and the value that they write:
-    ``weight.data.mul_(mask)``.
-    """
+class _WeightWrite(NamedTuple):
+    """A weight is changed in place: by ``weight.data.mul_(mask)`` or without gradients, ``weight.mul_(mask)``."""
+
+    value: int
+    """What is written: the parameter, or its data."""
+    by_data: bool
+
+
+def _weight_writes(program: Program) -> dict[int, _WeightWrite]:
+    """The nodes of the prologue that write a parameter in place, or its data."""
     nodes = {position: program.graph.nodes[position] for position in program.problem.prologue}
-    live = {value.index for value in program.graph.values if value.kind is ValueKind.PARAMETER}
+    weights = {value.index for value in program.graph.values if value.kind is ValueKind.PARAMETER}
     detached = (node for node in nodes.values() if node.op is torch.ops.aten.detach.default)
-    live.update(node.outputs[0] for node in detached if node.inputs[0] in live)
+    data = {node.outputs[0] for node in detached if node.inputs[0] in weights}
     written = {position: written_argument(node) for position, node in nodes.items()}
-    return {position: ref.index for position, ref in written.items() if ref is not None and ref.index in live}
+    return {
+        position: _WeightWrite(ref.index, ref.index in data)
+        for position, ref in written.items()
+        if ref is not None and ref.index in weights | data
+    }
 
 
 @contextlib.contextmanager
-def _changed_if_different(tensor: Tensor, pending: Iterable[CallRecord]) -> Iterator[None]:
-    """For autograd a weight that is written here has changed only if its values are others afterwards.
+def _written(tensor: Tensor, write: _WeightWrite, pending: Collection[CallRecord]) -> Iterator[None]:
+    """Records of ``pending`` calls, whose backward pass is still to come, keep what a weight was before it is written.
 
-    Masked convolutions write the same zeros in each call. Where the backward pass of an earlier call is still to come,
-    it would be refused for that. If the values are others, the records of ``pending`` calls keep what they were.
+    For autograd a weight that is written without gradients has changed only if its values are others afterwards: masked
+    convolutions write the same zeros in each call, and the backward pass of a call before would be refused for that.
+    One that is written by its data has not changed at all, as in plain PyTorch.
     """
-    if is_fake(tensor):  # it has no values
+    if is_fake(tensor) or not (pending or write.by_data):  # without data it has no values
         yield
         return
-    before = tensor.detach().clone()
+    before = tensor.detach().clone() if pending else None
     with torch.autograd._unsafe_preserve_version_counter(tensor):  # type: ignore[attr-defined]
         yield
-    if not torch.equal(before, tensor):
+    if before is not None and not torch.equal(before, tensor):
         for record in pending:
             record.keep_before(tensor, before)
-        torch.autograd.graph.increment_version(tensor)
+        if not write.by_data:
+            torch.autograd.graph.increment_version(tensor)
 
 
 def _returned_views(graph: RowGraph) -> list[Node]:

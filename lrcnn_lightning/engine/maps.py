@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from lrcnn_lightning.graph import dense_strides
 from lrcnn_lightning.planning.machine import MOST_ELEMENTS
 from lrcnn_lightning.rules import Axes, Interval, Tile
 
@@ -39,11 +40,15 @@ def cut(tensor: Tensor, axes: Axes, tile: Tile) -> Tensor:
     return taken(tensor, cuts_of(tuple(tensor.shape), axes, tile))
 
 
-def _memory_format(slab: Tensor) -> torch.memory_format:
-    """The memory format of a slab, to be that of the full map. The slab may be a cut, which is dense in neither."""
-    if slab.dim() in (4, 5) and slab.shape[1] > 1 and slab.stride(1) == 1 and not slab.is_contiguous():
-        return torch.channels_last if slab.dim() == 4 else torch.channels_last_3d
-    return torch.contiguous_format
+def _new_map(shape: tuple[int, ...], slab: Tensor) -> Tensor:
+    """A full map for slabs, with their dtype, laid out as what an operation makes of the whole: in the order of their
+    strides. The slab may be a part of something larger, which is dense in no order.
+    """
+    order = None if slab.is_contiguous() else slab.stride()
+    if slab.dim() in (4, 5) and slab.shape[1] > 1 and order is not None and order[1] == 1:
+        layout = torch.channels_last if slab.dim() == 4 else torch.channels_last_3d
+        return torch.empty(shape, dtype=slab.dtype, device=slab.device, memory_format=layout)
+    return torch.empty_strided(shape, dense_strides(shape, order), dtype=slab.dtype, device=slab.device)
 
 
 def write(full: Tensor | None, slab: Tensor, shape: tuple[int, ...], axes: Axes, tile: Tile) -> Tensor:
@@ -51,7 +56,7 @@ def write(full: Tensor | None, slab: Tensor, shape: tuple[int, ...], axes: Axes,
     if full is None:
         if tuple(slab.shape) == shape:
             return slab
-        full = torch.empty(shape, dtype=slab.dtype, device=slab.device, memory_format=_memory_format(slab))
+        full = _new_map(shape, slab)
     cut(full, axes, tile).copy_(slab)
     return full
 
@@ -214,9 +219,7 @@ class Gradients:
             return
         present = self._tensors.get(value)
         if present is None:
-            layout = _memory_format(gradient)
-            present = torch.empty(shape, dtype=gradient.dtype, device=gradient.device, memory_format=layout)
-            self._tensors[value] = present
+            present = self._tensors[value] = _new_map(shape, gradient)
             self._filling[value] = _Filling(present, axes)
         if value in self._filling:
             self._filling[value].add(gradient, tile)

@@ -119,7 +119,7 @@ class CallRecord:
         """A value as it was in the call, with its history if that is asked for; None if it is lost."""
         reference, version = self._values.get(index, (None, 0))
         tensor: Tensor | None = None if reference is None else reference()
-        if tensor is not None and tensor._version == version:
+        if tensor is not None and tensor._version == version and index not in self._before:
             return tensor
         if index in self._before and not history:
             return self._before[index].clone()

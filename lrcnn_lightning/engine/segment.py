@@ -232,19 +232,24 @@ def _kept(ctx: Any) -> tuple[dict[int, Any], dict[str, Carries], dict[int, Tenso
     forward pass is made once more.
     """
     call: SegmentCall = ctx.call
+    later, changed = ctx.record.later(call), None
     try:
         saved = list(ctx.saved_tensors)
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
+        changed = error
+    if later or changed is not None:
         store = ctx.record.inputs(call, ctx.ambient)
         if store is None:  # changed is something else, or it comes from what is lost
-            raise
+            raise changed or RuntimeError(
+                "a weight was changed by weight.data in a later call of a row-wise module, and what its forward pass "
+                "had read is no longer there to make it again: call backward before the next call"
+            )
         inputs = dict(store)
         with torch.no_grad(), ctx.ambient.restored():
             again = run_forward(call, store, again=True)
         ctx.maybe_clear_saved_tensors()
-        later = ctx.record.later(call)
         if not later:
             ctx.tell(CHANGED_ARGUMENT if ctx.record.needs_copies else CHANGED_MAP)
         return {index: store.get(index, inputs.get(index)) for index in call.program.kept}, again, later

@@ -238,7 +238,7 @@ def _set_data(tensor: Tensor, value: Tensor) -> None:
             f"its forward sets the data of a tensor of shape {list(tensor.shape)} to one of shape {list(value.shape)}"
         )
     with torch.no_grad():
-        tensor.copy_(value)
+        tensor.detach().copy_(value)
 
 
 @contextlib.contextmanager
