@@ -244,20 +244,6 @@ def test_parts_of_maps_are_copied_by_kernels(name: str, samples: int) -> None:
         assert plan.peak_bytes == pytest.approx(meter.peak_bytes, rel=0.02), choices
 
 
-@pytest.mark.parametrize("mode", ["two_phase", "overlap"])
-def test_rows_of_one_image_stay_channels_last(mode: str) -> None:
-    """Joined to a carry, slabs became NCHW, since the carry of one sample had lost its memory format; then everything
-    behind it was converted, and cuDNN's fast kernels were out of reach.
-    """
-    module = PARTS["convolutions"]().to(memory_format=torch.channels_last)
-    x = torch.randn(1, 3, 96, 80).to(memory_format=torch.channels_last)
-    graph = row_graph(module, [x])
-    plan = Planner(Problem(graph, requires_grad_leaves(graph.graph, module, [x]), True)).plan(Choices(mode, 4, 1))
-    called = calls(lambda: Execution(plan)(module, [x]).square().sum().backward())
-    maps = [call.arguments[0] for call in called if call.operation is torch.ops.aten.convolution.default]
-    assert len(maps) > 12 and all(operand.strides[1] == 1 for operand in maps)
-
-
 def test_plain_execution_counts_them_too() -> None:
     module, x = NETWORKS["convolutions"](), torch.randn(1, 3, 192, 160)
     graph = row_graph(module, [x])

@@ -93,7 +93,7 @@ def _edge(tensor: Tensor) -> torch.autograd.graph.GradientEdge:
     """
     if isinstance(tensor.grad_fn, torch.autograd.function.BackwardCFunction):
         with torch.enable_grad():
-            tensor = tensor.view_as(tensor)
+            tensor = torch.ops.aten.alias.default(tensor)  # the gradient of a view by shape may have other strides
     return torch.autograd.graph.get_gradient_edge(tensor)
 
 

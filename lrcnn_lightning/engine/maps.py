@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lrcnn_lightning.graph import dense_strides
+from lrcnn_lightning.graph.lines import lines
 from lrcnn_lightning.planning.machine import MOST_ELEMENTS
 from lrcnn_lightning.rules import Axes, Interval, Tile
 
@@ -31,7 +32,7 @@ def cuts_of(shape: tuple[int, ...], axes: Axes, tile: Tile) -> Cuts:
 def taken(tensor: Tensor, cuts: Cuts) -> Tensor:
     """The view that the cuts make."""
     for dimension, start, length in cuts:
-        tensor = tensor.narrow(dimension, start, length)
+        tensor = lines(tensor, dimension, start, length)
     return tensor
 
 

@@ -123,6 +123,15 @@ _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Those of the input, of the weight and of the bias, as far as they are wanted."""
 
 
+def _aligned(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient in the memory format of ``x``, which ATen takes it to be in."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
+    for layout in (torch.contiguous_format, last):
+        if x.is_contiguous(memory_format=layout):
+            return gradient.contiguous(memory_format=layout)
+    return gradient if gradient.stride() == x.stride() else gradient.contiguous()
+
+
 def _gradients_on_cpu(
     gradient: Tensor,
     x: Tensor,
@@ -133,8 +142,9 @@ def _gradients_on_cpu(
     wanted: tuple[bool, bool, bool],
 ) -> _Gradients:
     """One kernel computes all. What a forward pass saves for it is read in training mode only."""
-    aligned = gradient if gradient.stride() == x.stride() else gradient.contiguous()
-    found: _Gradients = _native_backward(aligned, x, weight, mean, variance, None, None, False, eps, wanted)
+    found: _Gradients = _native_backward(
+        _aligned(gradient, x), x, weight, mean, variance, None, None, False, eps, wanted
+    )
     return found
 
 

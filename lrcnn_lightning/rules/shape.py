@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrcnn_lightning.graph.lines import lines
 from lrcnn_lightning.rules.pointwise import AlongRows
 from lrcnn_lightning.rules.rule import Axes, Interval, RowRule, Scope, Tile, register
 
@@ -184,7 +185,7 @@ class PixelShuffle(RowRule):
         result: Tensor = self.operation(args[0], self.factor)
         if self.unshuffle:
             return result
-        return result.narrow(self.axis, tile.rows.lo - self.needed(tile.rows).lo * self.factor, tile.rows.length)
+        return lines(result, self.axis, tile.rows.lo - self.needed(tile.rows).lo * self.factor, tile.rows.length)
 
 
 @register("shape", aten.pixel_shuffle.default, aten.pixel_unshuffle.default)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrcnn_lightning.graph.lines import lines
 from lrcnn_lightning.rules.rule import Axes, Interval, RowRule, Scope, Tile, register
 from lrcnn_lightning.rules.window import spatial_tuple
 
@@ -67,7 +68,7 @@ class TransposedConvolution(RowRule):
         result: Tensor = operation(
             slab, weight, bias, list(self.stride), padding, extra, self.groups, list(self.dilation)
         )
-        return result.narrow(self.axis, tile.rows.lo - first, tile.rows.length)
+        return lines(result, self.axis, tile.rows.lo - first, tile.rows.length)
 
 
 @register(

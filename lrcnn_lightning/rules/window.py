@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lrcnn_lightning.graph.lines import lines
 from lrcnn_lightning.rules.hollow import hollow_convolution
 from lrcnn_lightning.rules.rule import Axes, Interval, RowRule, Scope, Tile, register
 
@@ -76,7 +77,7 @@ def pad_rows(slab: Tensor, axis: int, above: int, below: int, value: float = 0.0
     if above > 0 or below > 0:
         widths = [0, 0] * (slab.dim() - axis - 1) + [max(above, 0), max(below, 0)]
         slab = functional.pad(slab, widths, value=value)
-    return slab if slab.shape[axis] == length else slab.narrow(axis, max(-above, 0), length)
+    return slab if slab.shape[axis] == length else lines(slab, axis, max(-above, 0), length)
 
 
 def spatial_tuple(value: Any, dimensions: int) -> tuple[int, ...]:
@@ -159,7 +160,7 @@ def _wanted(result: Tensor, axis: int, skipped: int, tile: Tile) -> Tensor:
     """The rows of ``tile``, of a result that symmetric padding may have made longer."""
     if result.shape[axis] == tile.rows.length:
         return result
-    return result.narrow(axis, skipped, tile.rows.length)
+    return lines(result, axis, skipped, tile.rows.length)
 
 
 @register("convolution", aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)

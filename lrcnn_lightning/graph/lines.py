@@ -1,0 +1,34 @@
+"""Some lines of a tensor, whose gradient keeps the tensor's memory format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["lines"]
+
+
+def lines(tensor: Tensor, axis: int, start: int, length: int) -> Tensor:
+    """``tensor.narrow(axis, start, length)``.
+
+    Its gradient comes in zeros of the tensor's size, and those that ATen makes are contiguous. Where the tensor is in
+    another format (channels last), all gradients behind it would be converted, by cuDNN in every call.
+    """
+    if not tensor.requires_grad or not torch.is_grad_enabled() or tensor.is_contiguous():
+        return tensor.narrow(axis, start, length)
+    result: Tensor = _Lines.apply(tensor, axis, start, length)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Lines(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: int, start: int, length: int) -> Tensor:
+        behind = tensor.shape[axis] - start - length
+        ctx.margins = [*([0, 0] * (tensor.dim() - 1 - axis)), start, behind]  # those of the last dimension come first
+        return tensor.narrow(axis, start, length)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return torch.constant_pad_nd(gradient, ctx.margins), None, None, None
