@@ -189,7 +189,11 @@ class Footprints:
     # ---------------------------------------------------------------- workspaces
 
     def cuts(self, value: int, rows: int, of: int, samples: int) -> bool:
-        """Whether so many ``rows`` of a slab (or map) ``of`` so many rows, and of so many samples, have gaps."""
+        """Whether so many ``rows`` of a slab (or map) ``of`` so many rows, and of so many samples, have gaps (on a GPU,
+        where that matters).
+        """
+        if not self.machine.caching:
+            return False
         graph = self.graph
         shape, row, batch = list(graph.values[value].shape), graph.axes[value].row, graph.axes[value].batch
         if row is None or rows >= of:
