@@ -254,7 +254,7 @@ def _check_reduction(graph: RowGraph, store: dict[int, Any], node: Any, rule: Re
             slab = _cut(leaf.detach(), axes.row, interval)
             part = rule.partial(slab, interval)
             state = part if state is None else rule.merge(state, part)
-            injected = rule.inject(slab, interval, finished, gradients)
+            injected = rule.inject(slab, interval, rule.coefficients(finished, gradients))
             gap = difference(injected.expand(slab.shape).contiguous(), _cut(want, axes.row, interval).contiguous())
             assert gap < 1e-12, f"{node.op}: gradient of rows {tuple(interval)} differs by {gap:.2e}"
         assert state is not None

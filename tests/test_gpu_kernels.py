@@ -52,30 +52,26 @@ def _layouts(x: Tensor) -> Iterator[Tensor]:
     yield torch.cat([x, x], 2).narrow(2, 1, x.shape[2])  # a part of a map
 
 
-@pytest.mark.parametrize("affine", [None, torch.float32, torch.float16], ids=["bare", "float32", "float16"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 3, 1, 4), (2, 3, 3, 2, 4)])
-def test_gradients_of_a_normalisation_on_a_gpu(
-    shape: tuple[int, ...], dtype: torch.dtype, affine: torch.dtype | None
-) -> None:
+def test_gradients_of_a_normalisation_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """By the GPU's way on the CPU: whatever is wanted, it equals the formula, and no kernel is given too little."""
     torch.manual_seed(0)
     statistics = torch.promote_types(dtype, torch.float32)
-    mean, variance = torch.randn(3, dtype=statistics), torch.rand(3, dtype=statistics) + 0.5
-    weight = None if affine is None else torch.randn(3, dtype=affine).to(statistics)
+    centre, scale = torch.randn(3, dtype=statistics), torch.rand(3, dtype=statistics) + 0.5
     tolerance = 1e-12 if dtype is torch.float64 else 8 * torch.finfo(dtype).eps
     axes, view = [0, *range(2, len(shape))], [1, 3] + [1] * (len(shape) - 2)
     for x, gradient in itertools.product(*(_layouts(torch.randn(shape).to(dtype)) for _ in range(2))):
         exact_x, g = x.double(), gradient.double()
-        scale = 1 / (variance.double() + 0.1).sqrt()
         want = (
-            g * ((1 if weight is None else weight.double()) * scale).view(view),
-            (g * (exact_x - mean.double().view(view)) * scale.view(view)).sum(axes),
+            g * scale.double().view(view),
+            (g * (exact_x - centre.double().view(view))).sum(axes),
             g.sum(axes),
         )
         for wanted in itertools.product([False, True], repeat=3):
+            ones = torch.ones_like(scale)
             with Demanding() as demanding:
-                got = normalisation._gradients_on_gpu(gradient, x, weight, mean, variance, 0.1, wanted)
+                got = normalisation._gradients_on_gpu(gradient, x, centre, ones, scale, wanted)
             assert demanding.seen == (wanted[1] or wanted[2])
             for mine, theirs, asked in zip(got, want, wanted, strict=True):
                 if asked:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lrcnn_lightning
 from lrcnn_lightning import RowConfig
@@ -23,7 +24,7 @@ from lrcnn_lightning.planning.planner import Planner, carried_nodes
 from lrcnn_lightning.planning.problem import Problem
 from lrcnn_lightning.planning.search import choose_plan
 from lrcnn_lightning.planning.work import PRODUCTS, Work
-from lrcnn_lightning.rules import family_of, registered
+from lrcnn_lightning.rules import family_of, normalisation, reduction, registered
 from tests.networks import Call
 from tests.oracle import row_graph
 
@@ -182,3 +183,43 @@ def test_rows_stay_below_what_a_gpu_has_fast_kernels_for() -> None:
     problem = Problem(graph, requires_grad_leaves(graph.graph, network, [x]), True, replace(machine, device=None))
     chosen = choose_plan(problem, RowConfig(mode="two_phase", memory_budget="30GiB"), x.device)
     assert math.ceil(20000 / chosen.rows) * 16384 * 8 <= 2**28 < 20000 * 16384 * 8
+
+
+class Vectors(TorchDispatchMode):
+    """Counts the operations on vectors alone: what kernels are called for, and hardly do."""
+
+    def __init__(self, longest: int) -> None:
+        super().__init__()
+        self.longest, self.calls = longest, Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, torch.Tensor)]
+        if not func.is_view and tensors and max(tensor.numel() for tensor in tensors) <= self.longest:
+            self.calls[str(func)] += 1
+        return result
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.BatchNorm2d(4), lambda: nn.GroupNorm(2, 4)], ids=["batch", "group"])
+def test_what_a_normalisation_does_with_vectors_is_done_once(
+    norm: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another row has two more gradients to add for each normalisation, and no vectors of its own to make: there were
+    some thirty, most of a step's calls.
+    """
+    monkeypatch.setattr(normalisation, "_gradients_on_cpu", normalisation._gradients_on_gpu)
+    monkeypatch.setattr(reduction, "_PIECE", 1)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), norm(), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+    x = torch.randn(2, 3, 24, 8)
+    graph = row_graph(module, [x])
+    problem = Problem(graph, requires_grad_leaves(graph.graph, module, [x]), True)
+    calls = []
+    for rows in (3, 4):
+        execution = Execution(Planner(problem).plan(Choices("overlap", rows, 1)))
+        execution(module, [x]).square().sum().backward()
+        with Vectors(16) as vectors:
+            execution(module, [x]).square().sum().backward()
+        calls.append(vectors.calls)
+    more = calls[1] - calls[0]
+    assert more["aten.add_.Tensor"] == 4, "scale and shift, and the biases of two convolutions"
+    assert sum(more.values()) <= 10, more

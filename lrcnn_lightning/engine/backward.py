@@ -49,8 +49,10 @@ def differentiate(
     """
     for chunk, batch in reversed(list(enumerate(run.loop.chunks))):
         from_below: dict[int, Tensor] = {}
+        coefficients: dict[int, Any] = {}
+        origin = torch.zeros((), requires_grad=True)
         for r in reversed(range(len(run.loop.rows))):
-            row = _BackwardRow(prepared, store, run, run.loop.rows[r], batch, gradients, later)
+            row = _BackwardRow(prepared, store, run, run.loop.rows[r], batch, gradients, origin, coefficients, later)
             calls = prepared.backward(run, chunk, r)
             from_below = row.differentiate(calls, carries.get((chunk, r - 1), {}), from_below)
             if drops:
@@ -124,11 +126,12 @@ class _BackwardRow:
         row: Row,
         batch: Interval,
         gradients: Gradients,
+        origin: Tensor,
+        coefficients: dict[int, Any],
         later: Mapping[int, Tensor],
     ) -> None:
         self.graph, self.store, self.run, self.row, self.batch = prepared.graph, store, run, row, batch
-        self.gradients, self.later = gradients, later
-        self.origin = torch.zeros((), requires_grad=True)
+        self.gradients, self.origin, self.coefficients, self.later = gradients, origin, coefficients, later
         self.injections: dict[int, list[int]] = {}
         for position in run.injections:
             self.injections.setdefault(self.graph.nodes[position].inputs[0], []).append(position)
@@ -223,15 +226,23 @@ class _BackwardRow:
     def _injected(self, value: int, slab: Tensor, tile: Tile) -> Iterator[Tensor]:
         """What each reduction of a value adds to the gradient of its slab, which lies in ``tile``."""
         for position in self.injections[value]:
-            node, rule = self.graph.nodes[position], self.graph.rules[position]
+            rule = self.graph.rules[position]
             assert isinstance(rule, Reduction)
-            given = [self.gradients.get(output) for output in node.outputs]
-            if all(gradient is None for gradient in given):
-                continue
-            outputs: list[Tensor] = [self.store[output] for output in node.outputs]
-            if rule.keeps_batch is not None:
-                axes, samples = Axes(None, rule.keeps_batch), Tile(NOTHING, self.batch)
-                given = [None if g is None else cut(g, axes, samples) for g in given]
-                outputs = [cut(output, axes, samples) for output in outputs]
             with torch.no_grad():
-                yield rule.inject(slab, tile.rows, outputs, given)
+                if position not in self.coefficients:
+                    self.coefficients[position] = self._coefficients(position, rule)
+                if self.coefficients[position] is not None:
+                    yield rule.inject(slab, tile.rows, self.coefficients[position])
+
+    def _coefficients(self, position: int, rule: Reduction) -> Any:
+        """What a reduction injects with, or None if its results have no gradient."""
+        node = self.graph.nodes[position]
+        gradients = [self.gradients.get(output) for output in node.outputs]
+        if all(gradient is None for gradient in gradients):
+            return None
+        outputs: list[Tensor] = [self.store[output] for output in node.outputs]
+        if rule.keeps_batch is not None:
+            axes, samples = Axes(None, rule.keeps_batch), Tile(NOTHING, self.batch)
+            gradients = [None if g is None else cut(g, axes, samples) for g in gradients]
+            outputs = [cut(output, axes, samples) for output in outputs]
+        return rule.coefficients(outputs, gradients)

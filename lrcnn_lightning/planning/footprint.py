@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves
 
 from lrcnn_lightning.graph import Ref, dense_strides, map_refs
 from lrcnn_lightning.graph.switches import entered
@@ -366,10 +367,10 @@ class Footprints:
 
         def inject(tensors: Mapping[int, Tensor]) -> Any:
             whole = [tensors[number] for number in range(1, len(tensors))]
-            return rule.inject(tensors[0], rows, whole, whole)
+            return rule.inject(tensors[0], rows, rule.coefficients(whole, whole))
 
         def partial(tensors: Mapping[int, Tensor]) -> Any:
-            return [part for part in rule.partial(tensors[0], rows) if isinstance(part, Tensor)]
+            return [part for part in tree_leaves(rule.partial(tensors[0], rows)) if isinstance(part, Tensor)]
 
         found = []
         for call, operands in ((partial, {0: slab}), (inject, gradients)):

@@ -41,7 +41,7 @@ def differentiable_values(graph: RowGraph, leaves: Collection[int]) -> set[int]:
         if not node.context.grad or node.op is torch.ops.aten.detach.default:
             continue
         if any(index in found for index in node.inputs):
-            for output in node.outputs:
+            for output in node.outputs[getattr(node.op, "constants", 0) :]:
                 dtype = graph.values[output].dtype
                 if dtype.is_floating_point or dtype.is_complex:
                     found.add(output)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lrcnn_lightning.graph import Node, Ref
 from lrcnn_lightning.rules.expansion import Builder, expands
-from lrcnn_lightning.rules.normalisation import normalise
+from lrcnn_lightning.rules.normalisation import emit_normalise
 from lrcnn_lightning.rules.pointwise import pointwise
 from lrcnn_lightning.rules.reduction import moments
 from lrcnn_lightning.rules.rule import Operator, RowRule, Scope, register
@@ -83,7 +83,7 @@ def expand_layer_norm(builder: Builder, node: Node) -> bool:
     steps = [(op, operand) for op, operand in ((scaled, weight), (shifted, bias)) if operand is not None]
     normalised = builder.like(node, out, "normalised") if steps else Ref(node.outputs[0])
     eps = _argument(node, 4, "eps", 1e-5)
-    builder.emit(node, normalise, (x, *statistics, None, None, eps, node.op), (normalised.index,), "normalise")
+    emit_normalise(builder, node, x, statistics, (None, None), eps, normalised.index, node.op)
     _affine(builder, node, normalised, steps)
     return True
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +39,8 @@ class Norm(Reduction):
         total, dtype = state
         return ((total.sqrt() if self.power == 2 else total.pow(1 / self.power)).to(dtype),)
 
-    def inject(
-        self, slab: Tensor, rows: Interval, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
-    ) -> Tensor:
+    def inject(self, slab: Tensor, rows: Interval, coefficients: Any) -> Tensor:
+        outputs, gradients = coefficients
         # dx = g sign(x) |x|^(p-1) / norm^(p-1), and zero where the norm is.
         gradient = gradients[0]
         assert gradient is not None

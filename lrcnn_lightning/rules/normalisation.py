@@ -1,12 +1,15 @@
-"""Normalisation over space, split in three: moments per row, a merge, and a pointwise application.
+"""Normalisation over space, split: moments per row, a merge, vectors of these once a step, a pointwise application.
 
     y = weight * (x - mean) / sqrt(variance + eps) + bias
 
 ``batch_norm`` in training mode, ``instance_norm`` and ``group_norm`` become
 
-    mean, variance = moments(x)                       a reduction: a barrier
-    update_statistics(mean, variance, ...)            an effect on the running statistics, once a step
-    y = normalise(x, mean, variance, weight, bias)    pointwise
+    mean, variance = moments(x)                                              a reduction: a barrier
+    update_statistics(mean, variance, ...)                                   an effect on the running statistics
+    centre, ones, scale, shift = scale_and_shift(mean, variance, ...)        vectors, with weight and bias
+    y = normalise(x, centre, ones, scale, shift)                             pointwise: (x - centre) * scale + shift
+
+so that a row has two vectors to sum gradients for, and what they mean for the statistics is worked out once.
 
 With frozen statistics (``eval`` mode) ``batch_norm`` is pointwise as it stands.
 """
@@ -27,7 +30,7 @@ from lrcnn_lightning.rules.precision import as_read_by
 from lrcnn_lightning.rules.reduction import moments
 from lrcnn_lightning.rules.rule import Axes, Operator, RowRule, Scope, Tile, register
 
-__all__ = ["Normalise", "normalise", "update_statistics"]
+__all__ = ["Normalise", "emit_normalise", "normalise", "scale_and_shift", "update_statistics"]
 
 aten = torch.ops.aten
 
@@ -46,81 +49,64 @@ def _with_plain_strides(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, (x.numel(), *x.stride()[1:])) if _strides_mislead(x) else x
 
 
-def _like(statistic: Tensor, affine: Tensor | None) -> Tensor | None:
-    """A weight in the type of the statistics: ATen takes both in half precision or both in float32.
+def _scale_and_shift(
+    mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, channels: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(centre, ones, scale, shift)``, each ``[C]``, or ``[N, C]`` where statistics are those of samples and groups.
 
-    The statistics of maps in half precision are float32; the weights of a module in half precision are not.
+    The mean is taken off before anything is multiplied, as a large one has to be. It has no gradient there
+    (``centre``); it has it in ``shift``, to which it adds zero. The ``ones`` are the variance of what `normalise`
+    calls. All in the type of the statistics, which is float32 at least.
     """
-    return None if affine is None else affine.to(statistic.dtype)
+    scale = torch.rsqrt(variance + eps)
+    if mean.dim() == 2 and mean.shape[1] != channels:
+        mean, scale = (vector.repeat_interleave(channels // mean.shape[1], 1) for vector in (mean, scale))
+    if weight is not None:
+        scale = scale * weight.to(scale.dtype)
+    centre = mean.detach()
+    shift = (centre - mean) * scale
+    return centre, torch.ones_like(scale), scale, shift if bias is None else shift + bias.to(scale.dtype)
+
+
+scale_and_shift = Operator("scale_and_shift", _scale_and_shift, constants=2)
 
 
 class _Normalise(torch.autograd.Function):
-    """Frozen-statistics batch normalisation that also differentiates its statistics.
+    """``(x - centre) * scale + shift``, by ATen's batch normalisation with a variance of one.
 
-    Only the input is saved. With g the gradient of y and s = 1/sqrt(variance + eps), two sums over the slab give all:
-    dbias = sum g, dweight = sum g (x - mean) s, dmean = -weight s dbias, dvariance = -1/2 weight s^2 dweight. Where the
-    gradient is differentiated again, these are computed by operations that can be.
+    Only the input is saved. With g the gradient of y, that of the input is g scale, of the scale sum g (x - centre), of
+    the shift sum g. Where the gradient is differentiated again, these are computed by operations that can be.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mean: Tensor, variance: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
-        ctx.save_for_backward(x, mean, variance, weight)
-        ctx.eps = eps
+    def forward(ctx: Any, x: Tensor, centre: Tensor, ones: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        ctx.save_for_backward(x, centre, ones, scale)
         x = _with_plain_strides(x)
-        weight, bias = (_like(mean, affine) for affine in (weight, bias))
-        return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, torch.backends.cudnn.enabled)
+        return torch.batch_norm(x, scale, shift, centre, ones, False, 0.0, 0.0, torch.backends.cudnn.enabled)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        x, mean, variance, weight = ctx.saved_tensors
+        x, centre, ones, scale = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
-            return _differentiable_gradients(ctx.needs_input_grad, gradient, x, mean, variance, weight, ctx.eps)
-        x, gradient = _with_plain_strides(x), _with_plain_strides(gradient)
-        weight = _like(mean, weight)
-        needs = ctx.needs_input_grad
-        statistics = needs[1] or needs[2]
-        wanted = (needs[0], statistics or needs[3], statistics or needs[4])
-        find = _gradients_on_cpu if x.device.type == "cpu" else _gradients_on_gpu
-        result, for_weight, for_bias = find(gradient, x, weight, mean, variance, ctx.eps, wanted)
-        for_mean = for_variance = None
-        if statistics:
-            assert for_weight is not None and for_bias is not None
-            scale = torch.rsqrt(variance + ctx.eps)
-            weighted = scale if weight is None else scale * weight
-            for_mean = -weighted * for_bias
-            for_variance = -0.5 * weighted * scale * for_weight
-        return (
-            result,
-            for_mean,
-            for_variance,
-            for_weight if needs[3] else None,
-            for_bias if needs[4] else None,
-            None,
-        )
-
-
-def _differentiable_gradients(
-    needs: Sequence[bool], gradient: Tensor, x: Tensor, mean: Tensor, variance: Tensor, weight: Any, eps: float
-) -> tuple[Any, ...]:
-    """The gradients of `_Normalise`, of operations that can be differentiated again."""
-    shape, dims = [1, -1] + [1] * (x.dim() - 2), [0, *range(2, x.dim())]
-    scale = torch.rsqrt(variance + eps)
-    weighted = scale if weight is None else scale * weight.to(scale.dtype)
-    wide = gradient.to(scale.dtype)
-    for_bias = wide.sum(dims)
-    for_weight = (wide * (x.to(scale.dtype) - mean.view(shape))).sum(dims) * scale
-    results = (
-        (wide * weighted.view(shape)).to(x.dtype),
-        -weighted * for_bias,
-        -0.5 * weighted * scale * for_weight,
-        None if weight is None else for_weight.to(weight.dtype),
-        for_bias if weight is None else for_bias.to(weight.dtype),
-    )
-    return (*(result if needed else None for result, needed in zip(results, needs, strict=False)), None)
+            results = _differentiable_gradients(gradient, x, centre, scale)
+        else:
+            find = _gradients_on_cpu if x.device.type == "cpu" else _gradients_on_gpu
+            results = find(_with_plain_strides(gradient), _with_plain_strides(x), centre, ones, scale, wanted)
+        for_x, for_scale, for_shift = (r if asked else None for r, asked in zip(results, wanted, strict=True))
+        return for_x, None, None, for_scale, for_shift
 
 
 _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""Those of the input, of the weight and of the bias, as far as they are wanted."""
+"""Those of the input, of the scale and of the shift, as far as they are wanted."""
+
+
+def _differentiable_gradients(gradient: Tensor, x: Tensor, centre: Tensor, scale: Tensor) -> _Gradients:
+    """The gradients of `_Normalise`, of operations that can be differentiated again."""
+    shape, dims = [1, -1] + [1] * (x.dim() - 2), [0, *range(2, x.dim())]
+    wide = gradient.to(scale.dtype)
+    deviations = x.to(scale.dtype) - centre.view(shape)
+    return (wide * scale.view(shape)).to(x.dtype), (wide * deviations).sum(dims), wide.sum(dims)
 
 
 def _aligned(gradient: Tensor, x: Tensor) -> Tensor:
@@ -133,71 +119,49 @@ def _aligned(gradient: Tensor, x: Tensor) -> Tensor:
 
 
 def _gradients_on_cpu(
-    gradient: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    eps: float,
-    wanted: tuple[bool, bool, bool],
+    gradient: Tensor, x: Tensor, centre: Tensor, ones: Tensor, scale: Tensor, wanted: tuple[bool, bool, bool]
 ) -> _Gradients:
     """One kernel computes all. What a forward pass saves for it is read in training mode only."""
-    found: _Gradients = _native_backward(
-        _aligned(gradient, x), x, weight, mean, variance, None, None, False, eps, wanted
-    )
+    aligned = _aligned(gradient, x)
+    found: _Gradients = _native_backward(aligned, x, scale, centre, ones, None, None, False, 0.0, wanted)
     return found
 
 
 def _gradients_on_gpu(
-    gradient: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    eps: float,
-    wanted: tuple[bool, bool, bool],
+    gradient: Tensor, x: Tensor, centre: Tensor, ones: Tensor, scale: Tensor, wanted: tuple[bool, bool, bool]
 ) -> _Gradients:
     """The kernels of a GPU differ by what is wanted and how it lies in memory. Some read what a forward pass saves,
     all return sums of the type of the weight, which there must be, and an input gradient that is never channels last.
 
-    So that gradient, g weight / sqrt(variance + eps), is a normalisation of its own here.
+    So that gradient, g scale, is a product here, or of two types a normalisation of its own.
     """
     result = None
-    if wanted[0]:
-        enabled = torch.backends.cudnn.enabled
-        result = torch.batch_norm(gradient, weight, None, torch.zeros_like(mean), variance, False, 0.0, eps, enabled)
+    if wanted[0] and gradient.dtype is scale.dtype:
+        result = gradient * scale.view([1, -1] + [1] * (x.dim() - 2))
+    elif wanted[0]:
+        zeros, enabled = torch.zeros_like(centre), torch.backends.cudnn.enabled
+        result = torch.batch_norm(gradient, scale, None, zeros, ones, False, 0.0, 0.0, enabled)
     if not (wanted[1] or wanted[2]):
         return result, None, None
-    weight = torch.ones_like(mean) if weight is None else weight
-    saved, mask = (mean, torch.rsqrt(variance + eps)), (False, *wanted[1:])
-    _, for_weight, for_bias = _native_backward(gradient, x, weight, mean, variance, *saved, False, eps, mask)
-    return result, for_weight, for_bias
+    mask = (False, *wanted[1:])
+    _, for_scale, for_shift = _native_backward(gradient, x, scale, centre, ones, centre, ones, False, 0.0, mask)
+    return result, for_scale, for_shift
 
 
 _native_backward = aten.native_batch_norm_backward.default
 
 
-def _normalise(
-    x: Tensor, mean: Tensor, variance: Tensor, weight: Any, bias: Any, eps: float, written: Any = None
-) -> Tensor:
+def _normalise(x: Tensor, centre: Tensor, ones: Tensor, scale: Tensor, shift: Tensor, written: Any = None) -> Tensor:
     """``written``: the operation that this stands for, if autocast treats it in a way of its own."""
     if written is not None:
         x = as_read_by(written, x)
-    if mean.dim() == 1:
-        result: Tensor = _Normalise.apply(x, mean, variance, weight, bias, eps)  # type: ignore[no-untyped-call]
+    if centre.dim() == 1:
+        result: Tensor = _Normalise.apply(x, centre, ones, scale, shift)  # type: ignore[no-untyped-call]
         return result
-    # One mean a sample and group: every sample's channels become channels of one sample.
-    samples, channels = x.shape[:2]
-    repeat = channels // mean.shape[1]
-    means, variances = (t.repeat_interleave(repeat, 1).reshape(-1) for t in (mean, variance))
-    flat = x.reshape(1, samples * channels, *x.shape[2:])
-    scale = None if weight is None else weight.repeat(samples)
-    shift = None if bias is None else bias.repeat(samples)
-    if scale is None and shift is not None:
-        scale = torch.ones_like(shift)
-    elif shift is None and scale is not None:
-        shift = torch.zeros_like(scale)
-    result = _Normalise.apply(flat, means, variances, scale, shift, eps)  # type: ignore[no-untyped-call]
+    # Every sample's channels become channels of one sample.
+    flat = x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:])
+    vectors = (vector.reshape(-1) for vector in (centre, ones, scale, shift))
+    result = _Normalise.apply(flat, *vectors)  # type: ignore[no-untyped-call]
     return result.reshape(x.shape)
 
 
@@ -206,21 +170,22 @@ normalise = Operator("normalise", _normalise)
 
 @dataclass(frozen=True)
 class Normalise(RowRule):
-    """``normalise`` on a slab; statistics of single samples are cut to the samples of the tile."""
+    """``normalise`` on a slab; vectors of single samples are cut to the samples of the tile."""
 
     samples: int
     axes: tuple[Axes, ...]
 
     def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
-        x, mean, variance, *rest = args
-        if mean.dim() == 2 and mean.shape[0] != x.shape[0]:
-            mean, variance = (cut_whole(t, 2, 0, self.samples, tile.batch) for t in (mean, variance))
-        return _normalise(x, mean, variance, *rest)
+        x, *vectors, written = args
+        if vectors[0].dim() == 2 and vectors[0].shape[0] != x.shape[0]:
+            vectors = [cut_whole(vector, 2, 0, self.samples, tile.batch) for vector in vectors]
+        centre, ones, scale, shift = vectors
+        return _normalise(x, centre, ones, scale, shift, written)
 
 
 @register("normalisation", normalise)
 def normalise_rule(scope: Scope) -> RowRule | None:
-    """``normalise(input, mean, variance, weight, bias, eps, written)``."""
+    """``normalise(input, centre, ones, scale, shift, written)``."""
     axes = scope.of(scope.node.args[0])
     if axes.row is None or axes.row < 2 or not scope.only_first_has_rows():
         return None
@@ -288,6 +253,25 @@ def _channels_and_count(builder: Builder, x: Ref, groups: int | None) -> tuple[i
     return shape[1], elements // (shape[1] if groups is None else shape[0] * groups)
 
 
+def emit_normalise(
+    builder: Builder,
+    node: Node,
+    x: Ref,
+    statistics: Sequence[Ref],
+    affine: tuple[Any, Any],
+    eps: float,
+    output: int,
+    written: Any = None,
+) -> None:
+    """Emit the use of mean and variance, with weight and bias."""
+    channels, mean = builder.values[x.index].shape[1], builder.values[statistics[0].index]
+    shape = (channels,) if len(mean.shape) == 1 else (mean.shape[0], channels)
+    vectors = [builder.like(node, mean, part, shape) for part in ("centre", "ones", "scale", "shift")]
+    arguments = (*statistics, *affine, eps, channels)
+    builder.emit(node, scale_and_shift, arguments, tuple(vector.index for vector in vectors), "vectors")
+    builder.emit(node, normalise, (x, *vectors, written), (output,), "normalise")
+
+
 def _split(builder: Builder, node: Node, x: Ref, groups: int | None, affine: tuple[Any, Any], eps: float) -> Any:
     """Emit moments and their use; returns the two statistics."""
     value = builder.values[x.index]
@@ -295,7 +279,7 @@ def _split(builder: Builder, node: Node, x: Ref, groups: int | None, affine: tup
     shape = (value.shape[1],) if groups is None else (value.shape[0], groups)
     statistics = [builder.value(f"{node.name}_{part}", shape, dtype, value.device) for part in ("mean", "variance")]
     builder.emit(node, moments, (x, groups), tuple(s.index for s in statistics), "moments")
-    builder.emit(node, normalise, (x, *statistics, *affine, eps, node.op), node.outputs, "normalise")
+    emit_normalise(builder, node, x, statistics, affine, eps, node.outputs[0], node.op)
     return statistics
 
 

@@ -56,9 +56,8 @@ class Sum(Reduction):
         total, dtype = state
         return ((total / self.divisor).to(self.dtype or dtype),)
 
-    def inject(
-        self, slab: Tensor, rows: Interval, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
-    ) -> Tensor:
+    def inject(self, slab: Tensor, rows: Interval, coefficients: Any) -> Tensor:
+        _, gradients = coefficients
         gradient = gradients[0]
         assert gradient is not None
         return (restored(gradient, self.dims, self.keepdim) / self.divisor).to(slab.dtype).expand(slab.shape)
@@ -165,34 +164,53 @@ class Moments(Reduction):
         slab = wide(slab)
         count = slab.numel() // (slab.shape[1] if self.groups is None else slab.shape[0] * self.groups)
         variance, mean = _variance_and_mean(slab, self.groups)
-        return count, mean, variance * count
+        return [count], [mean], [variance]
 
     def merge(self, first: tuple[Any, ...], second: tuple[Any, ...]) -> tuple[Any, ...]:
-        count = first[0] + second[0]
-        difference = second[1] - first[1]
-        mean = first[1] + difference * (second[0] / count)
-        return count, mean, first[2] + second[2] + difference * difference * (first[0] * second[0] / count)
+        merged = tuple(mine + others for mine, others in zip(first, second, strict=True))
+        return merged if len(merged[0]) < _AT_ONCE else _merged(*merged)
 
     def finish(self, state: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        count, mean, deviations = state
-        return mean, deviations / count
+        _, (mean,), (variance,) = _merged(*state)
+        return mean, variance
 
-    def inject(
-        self, slab: Tensor, rows: Interval, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
-    ) -> Tensor:
+    def coefficients(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Any:
         # dx = dmean/n + 2/n * dvar * (x - mean), as one scale and one shift a channel.
         for_mean, for_variance = gradients
         average = outputs[0]
         scale = 0 * average if for_variance is None else for_variance * (2 / self.count)
-        shift = -scale * average
-        if for_mean is not None:
-            shift = shift + for_mean / self.count
+        if for_mean is None:
+            return scale, -scale * average
+        return scale, torch.addcmul(for_mean / self.count, scale, average, value=-1)
+
+    def inject(self, slab: Tensor, rows: Interval, coefficients: Any) -> Tensor:
+        scale, shift = coefficients
         shape = [1, -1] + [1] * (slab.dim() - 2)
         if self.groups is not None:
             repeat = slab.shape[1] // self.groups
             scale, shift = (t.repeat_interleave(repeat, 1) for t in (scale, shift))
             shape[0] = slab.shape[0]
         return torch.addcmul(shift.view(shape), wide(slab), scale.view(shape)).to(slab.dtype)
+
+
+_AT_ONCE = 64
+"""Slabs whose moments are merged together."""
+
+
+def _merged(counts: list[int], means: list[Tensor], variances: list[Tensor]) -> tuple[Any, ...]:
+    """The moments of several slabs as those of one (Chan, Golub and LeVeque): counts, means and biased variances.
+
+    The variance is the average of the slabs' own ones, and of their means' squared distances from the mean of all. A
+    few calls for any number of slabs.
+    """
+    if len(counts) == 1:
+        return counts, means, variances
+    total = sum(counts)
+    shares = [count / total for count in counts]
+    mean = torch.stack(torch._foreach_mul(means, shares)).sum(0)
+    apart, parts = torch._foreach_sub(means, [mean] * len(means)), torch._foreach_mul(variances, shares)
+    torch._foreach_addcmul_(parts, apart, apart, shares)
+    return [total], [mean], [torch.stack(parts).sum(0)]
 
 
 _PIECE = 2**20

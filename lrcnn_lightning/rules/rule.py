@@ -91,6 +91,8 @@ class Operator:
     """Whether it does something beside its results."""
     draws: bool = False
     """Whether it takes random numbers."""
+    constants: int = 0
+    """How many of its results, the first ones, have no gradient."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -187,11 +189,13 @@ class Reduction(ABC):
     def finish(self, state: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """The outputs of the node, from the contribution of all rows."""
 
+    def coefficients(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Any:
+        """What `inject` takes of the finished outputs and their gradients, worked out once for all rows."""
+        return outputs, gradients
+
     @abstractmethod
-    def inject(
-        self, slab: Tensor, rows: Interval, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
-    ) -> Tensor:
-        """The gradient of the slab, given the finished outputs and their gradients."""
+    def inject(self, slab: Tensor, rows: Interval, coefficients: Any) -> Tensor:
+        """The gradient of the slab."""
 
 
 Factory = Callable[[Scope], "RowRule | Reduction | None"]

@@ -24,7 +24,7 @@ from torch.distributed import distributed_c10d
 
 from lrcnn_lightning.graph import CUMULATIVE, SYNC_BATCH_NORM, Node, Ref
 from lrcnn_lightning.rules.expansion import Builder, expands
-from lrcnn_lightning.rules.normalisation import normalise, update_statistics
+from lrcnn_lightning.rules.normalisation import emit_normalise, update_statistics
 from lrcnn_lightning.rules.reduction import moments
 from lrcnn_lightning.rules.rule import Operator
 
@@ -92,7 +92,7 @@ def expand_sync_batch_norm(builder: Builder, node: Node) -> bool:
     before = next((Ref(n.outputs[2]) for n in reversed(builder.nodes) if n.op is merge_processes), None)
     builder.emit(node, moments, (x, None), tuple(ref.index for ref in own), "moments")
     builder.emit(node, merge_processes, (*own, count, group, before), tuple(ref.index for ref in merged), "merge")
-    builder.emit(node, normalise, (x, *merged[:2], weight, bias, eps), node.outputs, "normalise")
+    emit_normalise(builder, node, x, merged[:2], (weight, bias), eps, node.outputs[0])
     if isinstance(running_mean, Ref):
         args: tuple[Any, ...] = (*merged[:2], running_mean, running_variance, momentum, merged[2])
         if momentum == CUMULATIVE:

@@ -7,7 +7,6 @@ The gradient of a variance needs the mean, so over rows ``var`` and ``std`` are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,10 +67,8 @@ class Spread(Reduction):
         count, mean, deviations, dtype = state
         return (deviations / max(count - self.correction, 0)).to(dtype), mean.to(dtype)
 
-    def inject(
-        self, slab: Tensor, rows: Interval, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
-    ) -> Tensor:
-        for_variance, for_mean = gradients
+    def inject(self, slab: Tensor, rows: Interval, coefficients: Any) -> Tensor:
+        outputs, (for_variance, for_mean) = coefficients
         x, result = wide(slab), torch.zeros((), dtype=slab.dtype, device=slab.device)
         if for_variance is not None:
             mean = restored(outputs[1], self.dims, self.keepdim)

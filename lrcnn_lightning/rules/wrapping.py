@@ -100,9 +100,8 @@ class BorderRows(Reduction):
     def finish(self, state: tuple[Any, ...]) -> tuple[Tensor, ...]:
         return (torch.cat([piece for _, piece in sorted(state, key=lambda item: item[0])], self.axis),)
 
-    def inject(
-        self, slab: Tensor, rows: Interval, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
-    ) -> Tensor:
+    def inject(self, slab: Tensor, rows: Interval, coefficients: Any) -> Tensor:
+        _, gradients = coefficients
         gradient = gradients[0]
         assert gradient is not None
         result = torch.zeros_like(slab)
