@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from lrcnn_lightning.planning.machine import CPU, Machine
 from lrcnn_lightning.planning.planner import Planner, plain_plan
 from lrcnn_lightning.planning.problem import Problem
 from lrcnn_lightning.planning.search import choose_plan
-from lrcnn_lightning.planning.workspace import Call, Operand, Workspaces, kernel_call
+from lrcnn_lightning.planning.workspace import Call, NotOnALine, Operand, Workspaces, between, kernel_call
 from lrcnn_lightning.rules import normalisation
 from tests.oracle import row_graph
 
@@ -116,6 +117,7 @@ def test_what_is_tried_on_a_device_is_what_rows_do(size: tuple[int, int], monkey
     elements than kernels can count, or nearly: a GPU may take seconds for one call of them, or not come back.
     """
     tried: list[Call] = []
+    impossible: list[str] = []
 
     def without_data(workspaces: Workspaces, call: Call, device: torch.device) -> int:
         """A run on no device, which checks shapes."""
@@ -125,8 +127,11 @@ def test_what_is_tried_on_a_device_is_what_rows_do(size: tuple[int, int], monkey
                 return torch.empty_strided(tree.shape, tree.strides, dtype=tree.dtype, device="meta")
             return [tensors(item) for item in tree] if isinstance(tree, tuple) else tree
 
-        call.operation(*tensors(call.arguments))
         tried.append(call)
+        try:
+            call.operation(*tensors(call.arguments))
+        except RuntimeError as error:
+            impossible.append(f"{call}: {error}")
         return 0
 
     monkeypatch.setattr(workspace, "_MOST_TRIED", 100_000)
@@ -143,6 +148,7 @@ def test_what_is_tried_on_a_device_is_what_rows_do(size: tuple[int, int], monkey
         for mode in ("two_phase", "overlap"):
             assert Planner(problem).plan(Choices(mode, rows, 1)).peak_bytes > 0
     plain_plan(problem)
+    assert not impossible
     operations = {call.operation for call in tried}
     assert operations == {torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default}
     largest = max(math.prod(a.shape) for call in tried for a in call.arguments if isinstance(a, Operand))
@@ -162,6 +168,20 @@ def test_what_is_tried_on_a_device_is_what_rows_do(size: tuple[int, int], monkey
 )
 def test_dense_operands(shape: tuple[int, ...], strides: tuple[int, ...], dense: bool) -> None:
     assert Operand(shape, strides, torch.float32).dense == dense
+
+
+def test_calls_on_a_line() -> None:
+    def call(rows: int, per: int = 1) -> Call:
+        shape = (1, 8, rows // per + 2, 12)
+        operand = Operand(shape, (8 * shape[2] * 12, shape[2] * 12, 12, 1), torch.float32)
+        return Call(torch.ops.aten.convolution.default, (operand, None, (1, 1), False))
+
+    for rows in (1, 5, 8, 100):
+        assert between(call(4), call(12), Fraction(rows - 4, 8)) == call(rows)
+    assert between(call(4, 2), call(12, 2), Fraction(1, 2)) == call(8, 2)
+    for rows in (5, 7):
+        with pytest.raises(NotOnALine):
+            between(call(4, 2), call(12, 2), Fraction(rows - 4, 8))
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {

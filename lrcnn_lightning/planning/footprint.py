@@ -11,7 +11,7 @@ Nodes that do the same on the same shapes share their trials.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves
 
 from lrcnn_lightning.graph import Ref, dense_strides, map_refs
 from lrcnn_lightning.graph.switches import entered
+from lrcnn_lightning.planning.kernels import Kernels
 from lrcnn_lightning.planning.machine import CPU, Machine
 from lrcnn_lightning.planning.trial import Operand, Trial, called, results_of, tried, without_data
-from lrcnn_lightning.planning.workspace import Call, Workspaces
 from lrcnn_lightning.rules import Interval, Reduction, Role, RowGraph, RowRule, Tile
 
 __all__ = ["Footprint", "Footprints"]
@@ -88,7 +88,7 @@ class Footprints:
 
     def __init__(self, graph: RowGraph, differentiable: Collection[int], machine: Machine = CPU) -> None:
         self.graph, self.differentiable, self.machine = graph, differentiable, machine
-        self._workspaces = Workspaces(machine, graph.learned.setdefault("workspaces", {}))
+        self._kernels = Kernels(machine, graph.learned.setdefault("workspaces", {}))
         kind = "trials by format" if machine.caching else "trials"
         self._trials: dict[Any, Trial | None] = graph.learned.setdefault(kind, {})
         self._found: dict[Any, Footprint] = {}
@@ -122,7 +122,7 @@ class Footprints:
         found = self._found.get(key)
         if found is None:
             trial = self._whole_trial(position)
-            found = self._with_workspaces(self._named(position, trial, None), trial, self._workspaces_of(trial))
+            found = self._with_workspaces(self._named(position, trial, None), trial, self._kernels.of(trial))
             if found.copies[1]:
                 # A gradient from outside is one number for all places, where the loss is a sum or a mean.
                 outside = set(self.graph.nodes[position].outputs) & set(self.graph.graph.output_values())
@@ -179,13 +179,13 @@ class Footprints:
         )
         workspaces = 0.0, 0.0
         if self.machine.caching and any(second.kernels):
-            workspaces = self._workspaces_on_a_line(trial, length, height)
+            workspaces = self._kernels.on_a_line((low, first), (high, second), trial, length, height)
         return self._with_workspaces(self._named(position, line, computed), second, workspaces)
 
     def _alone(self, position: int, computed: Interval, unwanted: frozenset[int]) -> Footprint:
         """From one trial of a row."""
         trial = self._slab_trial(position, computed, unwanted)
-        return self._with_workspaces(self._named(position, trial, computed), trial, self._workspaces_of(trial))
+        return self._with_workspaces(self._named(position, trial, computed), trial, self._kernels.of(trial))
 
     # ---------------------------------------------------------------- workspaces
 
@@ -216,31 +216,6 @@ class Footprints:
             copies=(any(call.copies for call in kernels[0]), any(call.copies for call in kernels[1])),
             gaps=trial.gaps,
         )
-
-    def _largest_workspace(self, calls: Sequence[Call]) -> float:
-        """Of calls one after another."""
-        return max(map(self._workspaces.of, calls), default=0) if self.machine.caching else 0.0
-
-    def _workspaces_of(self, trial: Trial | None) -> tuple[float, float]:
-        """Forward and backward."""
-        if trial is None:
-            return 0.0, 0.0
-        forward, backward = map(self._largest_workspace, trial.kernels)
-        return forward, backward
-
-    def _workspaces_on_a_line(
-        self, trial: Callable[[int], Trial | None], length: int, height: int
-    ) -> tuple[float, float]:
-        """Forward and backward, on a row of some length. They are no line in it as sizes are: on a device an algorithm
-        is chosen for each length. So ``trial`` gives the very calls, at the lengths next to it.
-        """
-        below, above = _neighbours(length, height) if self.machine.interpolates else (length, length)
-        lower = self._workspaces_of(trial(below))
-        if below == above:
-            return lower
-        share, upper = (length - below) / (above - below), self._workspaces_of(trial(above))
-        forward, backward = ((1 - share) * a + share * b for a, b in zip(lower, upper, strict=True))
-        return forward, backward
 
     def _slab_trial(self, position: int, computed: Interval, unwanted: frozenset[int]) -> Trial | None:
         key = (position, computed, unwanted)
@@ -416,13 +391,6 @@ class Footprints:
     def _bytes(self, index: int, rows: Interval | None) -> float:
         size, height = float(self.graph.values[index].bytes), self.graph.height(index)
         return size if rows is None or not height else size * rows.length / height
-
-
-def _neighbours(length: int, height: int) -> tuple[int, int]:
-    """The lengths next to one at which workspaces are tried: powers of two, one and a half times these, the map's."""
-    below = 1 << (length.bit_length() - 1)
-    lengths = (below, below * 3 // 2, 2 * below)
-    return max(h for h in lengths if h <= length), min(height, min(h for h in lengths if h >= length))
 
 
 def _frozen(tree: Any) -> Any:

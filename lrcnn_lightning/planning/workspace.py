@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from lrcnn_lightning.graph import is_dense
 from lrcnn_lightning.planning.machine import Machine
 
-__all__ = ["Call", "Operand", "Workspaces", "kernel_call"]
+__all__ = ["Call", "NotOnALine", "Operand", "Workspaces", "between", "kernel_call"]
 
 aten = torch.ops.aten
 
@@ -101,6 +102,32 @@ def _without_tensors(tree: Any) -> Any:
     if isinstance(tree, Tensor):
         return Operand(tuple(tree.shape), tuple(tree.stride()), tree.dtype)
     return tuple(map(_without_tensors, tree)) if isinstance(tree, (list, tuple)) else tree
+
+
+class NotOnALine(Exception):
+    """A call on rows of some height is not known from those on two others."""
+
+
+def between(first: Any, second: Any, part: Fraction) -> Any:
+    """What lies on the line through two calls on rows of different heights, ``part`` of the way from the first.
+
+    Raises `NotOnALine` where that is no call: half of an odd number of rows of a strided operation, say.
+    """
+    if isinstance(first, Call):
+        if first.operation is not second.operation:
+            raise NotOnALine
+        return Call(first.operation, between(first.arguments, second.arguments, part))
+    if isinstance(first, Operand):
+        shape, strides = between(first.shape, second.shape, part), between(first.strides, second.strides, part)
+        return Operand(shape, strides, first.dtype)
+    if isinstance(first, tuple):
+        return tuple(between(a, b, part) for a, b in zip(first, second, strict=True))
+    if first == second:
+        return first
+    number = first + part * (second - first)
+    if not isinstance(first, int) or number.denominator != 1 or number < 1:
+        raise NotOnALine
+    return int(number)
 
 
 class Workspaces:
