@@ -44,6 +44,8 @@ def cut(tensor: Tensor, axes: Axes, tile: Tile) -> Tensor:
 def _new_map(shape: tuple[int, ...], slab: Tensor) -> Tensor:
     """A full map for slabs, with their dtype, laid out as what an operation makes of the whole: in the order of their
     strides. The slab may be a part of something larger, which is dense in no order.
+
+    One line of a slab in channels last has the strides of several orders: there the format decides.
     """
     order = None if slab.is_contiguous() else slab.stride()
     if slab.dim() in (4, 5) and slab.shape[1] > 1 and order is not None and order[1] == 1:

@@ -31,7 +31,6 @@ class BackwardRow(SimulatedRow):
         """What autograd saved for a node: buffers."""
         self.sliced: set[int] = set()
         """Values whose slab gradient is a slice of a gradient map, or of what the loss has handed down."""
-        self.outside = frozenset(graph.graph.output_values())
         self.unreceived: dict[int, int] = {}
         """Source map -> differentiated nodes that have yet to give it a gradient."""
 
@@ -146,9 +145,10 @@ class BackwardRow(SimulatedRow):
                 seeds.append(("gradient", value))
             for seed in seeds:
                 self._add(name, 0.0 if whole else size, size, seed)
-            cuts = self.footprints.cuts(value, owned.length, self.graph.height(value), self.samples)
-            if (value in self.outside or cuts) and whole and seeds == [("gradient", value)] and value not in from_below:
-                self.sliced.add(value)
+            if whole and seeds == [("gradient", value)] and value not in from_below:
+                height = self.graph.height(value)
+                if value in self.footprints.outside or self.footprints.cuts(value, owned.length, height, self.samples):
+                    self.sliced.add(value)
         if value in from_below:
             self._add(name, size, size, None)  # it is a part: in zeros of the slab's size
 

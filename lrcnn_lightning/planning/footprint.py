@@ -88,6 +88,10 @@ class Footprints:
 
     def __init__(self, graph: RowGraph, differentiable: Collection[int], machine: Machine = CPU) -> None:
         self.graph, self.differentiable, self.machine = graph, differentiable, machine
+        self.outside = frozenset(graph.graph.output_values())
+        """What the module returns. A gradient from outside may be one number for all places, where the loss is a sum or
+        a mean.
+        """
         self._kernels = Kernels(machine, graph.learned.setdefault("workspaces", {}))
         kind = "trials by format" if machine.caching else "trials"
         self._trials: dict[Any, Trial | None] = graph.learned.setdefault(kind, {})
@@ -124,9 +128,8 @@ class Footprints:
             trial = self._whole_trial(position)
             found = self._with_workspaces(self._named(position, trial, None), trial, self._kernels.of(trial))
             if found.copies[1]:
-                # A gradient from outside is one number for all places, where the loss is a sum or a mean.
-                outside = set(self.graph.nodes[position].outputs) & set(self.graph.graph.output_values())
-                found = found._replace(backward=found.backward + sum(self._bytes(index, None) for index in outside))
+                returned = self.outside.intersection(self.graph.nodes[position].outputs)
+                found = found._replace(backward=found.backward + sum(self._bytes(index, None) for index in returned))
             self._found[key] = found
         return found
 
