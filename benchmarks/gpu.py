@@ -7,7 +7,8 @@
 One line for each network and way to train it: plainly, with activation checkpointing around each block, by rows without
 a budget (``memory_budget=None``), and by rows in a quarter of plain PyTorch's predicted memory. Time is that of a step,
 forward and backward, on the clock: the median of several, each waited for. Memory is the peak of
-``max_memory_allocated`` in a step, less what was there before it. ConvNeXt is torchvision's, and left out without it.
+``max_memory_allocated`` in a step, less what was there before it. It holds the gradients of the weights as far as they
+are there at that moment, which budgets and predictions leave out. ConvNeXt is torchvision's, and left out without it.
 """
 
 from __future__ import annotations
@@ -150,9 +151,11 @@ def lines(name: str, settings: Settings) -> Iterator[tuple[str, ...]]:
         try:
             milliseconds, mib = measured(module, x, settings)
         except torch.OutOfMemoryError:
-            yield name, way, "out of memory", "", "" if predicted is None else f"{predicted / MIB:.0f}"
+            figures = ("out of memory", "", "")
         else:
-            yield name, way, f"{milliseconds:.1f}", f"{mib:.0f}", "" if predicted is None else f"{predicted / MIB:.0f}"
+            gradients = sum(p.grad.nbytes for p in module.parameters() if p.grad is not None) / MIB
+            figures = (f"{milliseconds:.1f}", f"{mib:.0f}", f"{gradients:.0f}")
+        yield name, way, *figures, "" if predicted is None else f"{predicted / MIB:.0f}"
         del module
         torch.cuda.empty_cache()
 
@@ -180,7 +183,8 @@ def main() -> None:
     settings = Settings(None if arguments.float32 else torch.bfloat16, layout, arguments.side, arguments.steps)
     warnings.simplefilter("ignore", UserWarning)  # notes on plans
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}\n")
-    print("| network | training | ms a step | peak MiB | predicted MiB |\n| --- | --- | ---: | ---: | ---: |")
+    print("| network | training | ms a step | peak MiB | of these gradients, at most | predicted MiB |")
+    print("| --- | --- | ---: | ---: | ---: | ---: |")
     for name in arguments.networks:
         if name == "convnext" and importlib.util.find_spec("torchvision") is None:
             continue

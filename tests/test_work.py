@@ -24,7 +24,7 @@ from lrcnn_lightning.planning.planner import Planner, carried_nodes
 from lrcnn_lightning.planning.problem import Problem
 from lrcnn_lightning.planning.search import choose_plan
 from lrcnn_lightning.planning.work import PRODUCTS, Work
-from lrcnn_lightning.rules import family_of, normalisation, reduction, registered
+from lrcnn_lightning.rules import family_of, moments, normalisation, registered
 from tests.networks import Call
 from tests.oracle import row_graph
 
@@ -208,7 +208,7 @@ def test_what_a_normalisation_does_with_vectors_is_done_once(
     some thirty, most of a step's calls.
     """
     monkeypatch.setattr(normalisation, "_gradients_on_cpu", normalisation._gradients_on_gpu)
-    monkeypatch.setattr(reduction, "_PIECE", 1)
+    monkeypatch.setattr(moments, "_PIECE", 1)
     module = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), norm(), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
     x = torch.randn(2, 3, 24, 8)
     graph = row_graph(module, [x])

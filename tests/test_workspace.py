@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import pytest
@@ -108,6 +109,15 @@ def test_a_gradient_in_the_other_format_is_copied() -> None:
 def test_a_product_of_matrices_takes_nothing() -> None:
     (call,) = calls(lambda: torch.randn(3, 4) @ torch.randn(4, 5))
     assert Workspaces(GPU, {}).of(call) == 0
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_a_variance_of_channels_takes_a_buffer(keepdim: bool) -> None:
+    for layout, expected in ((torch.contiguous_format, 0), (torch.channels_last, 32 * 2 * 8 * 16 * 12)):
+        x = torch.randn(2, 8, 16, 12).to(memory_format=layout)
+        (call,) = calls(partial(torch.var_mean, x, [0, 2, 3], correction=0, keepdim=keepdim))
+        assert dict(call.options) == {"correction": 0, "keepdim": keepdim}
+        assert Workspaces(GPU, {}).of(call) == expected
 
 
 @pytest.mark.parametrize("size", [(192, 160), (2000, 12)], ids=str)

@@ -354,7 +354,7 @@ class Footprints:
         for call, operands in ((partial, {0: slab}), (inject, gradients)):
             try:
                 trial = tried(call, operands, graph.autocast)
-                found.append((trial.forward, float(sum(trial.results))))
+                found.append((trial.forward + self._kernels.of(trial)[0], float(sum(trial.results))))
             except Exception:  # as above
                 found.append((0.0, float(graph.values[index].bytes)))
         (passing, part), (injecting, gradient) = found

@@ -11,6 +11,7 @@ maps so large that a trial could take long, a bound holds:
     weight gradients           sums in float32, of a few parts of the map at once
     float64, depthwise         nothing: these kernels convolve maps as they lie
     slices of a map            a dense copy, of convolutions, poolings and others
+    variances                  32 bytes an element, where channels lie next to each other (H200, PyTorch 2.11)
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ aten = torch.ops.aten
 
 _FORWARD, _BACKWARD = aten.convolution.default, aten.convolution_backward.default
 _PRODUCTS = {_FORWARD, _BACKWARD, *(getattr(aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm"))}
-"""What is tried on a device. Whatever its tensors hold, these run."""
+_VARIANCES = {aten.var_mean.correction, aten.var.correction, aten.std.correction, aten.std_mean.correction}
+"""With the products what is tried on a device. Whatever its tensors hold, these run."""
 
 _COPYING = (
     *("max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d"),
@@ -54,6 +56,9 @@ _PARTS = 4
 
 _ROOM = 32 * 2**20
 """Of an algorithm, at most, where maps are channels last."""
+
+_BUFFER = 32
+"""Bytes an element that a variance takes, where channels lie next to each other."""
 
 _MOST_TRIED = 2**28
 """Elements of a tensor of a trial. Beyond, some kernels take seconds: an H200 took 14 of them for the gradient of a
@@ -84,6 +89,8 @@ class Call(NamedTuple):
 
     operation: Any
     arguments: tuple[Any, ...]
+    options: tuple[tuple[str, Any], ...] = ()
+    """Arguments by name."""
 
     @property
     def copies(self) -> bool:
@@ -93,9 +100,9 @@ class Call(NamedTuple):
 
 def kernel_call(operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
     """The call, if it is one whose kernels may take memory for themselves."""
-    if kwargs or not (operation in _PRODUCTS or operation in _DENSE):
+    if not (operation in _VARIANCES or (not kwargs and (operation in _PRODUCTS or operation in _DENSE))):
         return None
-    return Call(operation, _without_tensors(args))
+    return Call(operation, _without_tensors(args), tuple(sorted(kwargs.items())))
 
 
 def _without_tensors(tree: Any) -> Any:
@@ -114,9 +121,9 @@ def between(first: Any, second: Any, part: Fraction) -> Any:
     Raises `NotOnALine` where that is no call: half of an odd number of rows of a strided operation, say.
     """
     if isinstance(first, Call):
-        if first.operation is not second.operation:
+        if first.operation is not second.operation or first.options != second.options:
             raise NotOnALine
-        return Call(first.operation, between(first.arguments, second.arguments, part))
+        return Call(first.operation, between(first.arguments, second.arguments, part), first.options)
     if isinstance(first, Operand):
         shape, strides = between(first.shape, second.shape, part), between(first.strides, second.strides, part)
         return Operand(shape, strides, first.dtype)
@@ -168,9 +175,10 @@ class Workspaces:
         off = torch.autocast(device.type, enabled=False)
         with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), off, torch.cuda.device(device):
             arguments = made(call.arguments)
-            call.operation(*arguments)  # whatever is set up once is not counted
+            options = dict(call.options)
+            call.operation(*arguments, **options)  # whatever is set up once is not counted
             before = _given_out(device)
-            results = call.operation(*arguments)
+            results = call.operation(*arguments, **options)
             given = _given_out(device) - before
             results = results if isinstance(results, (list, tuple)) else (results,)
             sizes = [result.untyped_storage().nbytes() for result in results if isinstance(result, Tensor)]
@@ -216,6 +224,8 @@ def _largest(call: Call) -> int:
 def _bound(call: Call) -> int:
     """See the module's docstring; a matrix product takes nothing."""
     operands, sums = _operands(call), 0
+    if call.operation in _VARIANCES:
+        return sum(_BUFFER * math.prod(operand.shape) for operand in operands if _channels_last(operand))
     if call.operation is _FORWARD:
         x, weight = operands[:2]
         groups, maps = call.arguments[8], [x]

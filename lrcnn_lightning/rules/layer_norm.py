@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lrcnn_lightning.graph import Node, Ref
 from lrcnn_lightning.rules.expansion import Builder, expands
+from lrcnn_lightning.rules.moments import moments
 from lrcnn_lightning.rules.normalisation import emit_normalise
 from lrcnn_lightning.rules.pointwise import pointwise
-from lrcnn_lightning.rules.reduction import moments
 from lrcnn_lightning.rules.rule import Operator, RowRule, Scope, register
 
 __all__ = ["expand_layer_norm", "expand_rms_norm"]

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from lrcnn_lightning.graph import CUMULATIVE, Node, Ref
 from lrcnn_lightning.rules.expansion import Builder, expands
+from lrcnn_lightning.rules.moments import moments
 from lrcnn_lightning.rules.pointwise import AlongRows, cut_whole
 from lrcnn_lightning.rules.precision import as_read_by
-from lrcnn_lightning.rules.reduction import moments
 from lrcnn_lightning.rules.rule import Axes, Operator, RowRule, Scope, Tile, register
 
 __all__ = ["Normalise", "emit_normalise", "normalise", "scale_and_shift", "update_statistics"]

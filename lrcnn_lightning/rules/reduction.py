@@ -1,14 +1,7 @@
-"""Reductions over rows: sums, means, maxima, norms, global pools, moments.
+"""Reductions over rows: sums, means, maxima, global pools.
 
 Each is a partial result per row, a merge of two, and a finish.  Its backward needs no row of any other slab: given the
 finished outputs and their gradients, the gradient of a slab is a pointwise formula (`inject`).
-
-The moments of several slabs are merged by Chan's formula (Chan, Golub, LeVeque 1979), with count n, mean m and sum of
-squared deviations M2:
-
-    d = m_b - m_a      m = m_a + d * n_b / n      M2 = M2_a + M2_b + d^2 * n_a * n_b / n
-
-which is stable where sums of squares are not.
 """
 
 from __future__ import annotations
@@ -22,9 +15,9 @@ from torch import Tensor
 
 from lrcnn_lightning.rules.pointwise import AlongRows
 from lrcnn_lightning.rules.precision import as_read_by
-from lrcnn_lightning.rules.rule import WHOLE, Axes, Interval, Operator, Reduction, RowRule, Scope, register
+from lrcnn_lightning.rules.rule import WHOLE, Axes, Interval, Reduction, RowRule, Scope, register
 
-__all__ = ["Moments", "Sum", "global_average", "kept_batch", "moments", "reduced_dimensions", "restored", "wide"]
+__all__ = ["Sum", "global_average", "kept_batch", "reduced_dimensions", "restored", "wide", "within_rows"]
 
 aten = torch.ops.aten
 
@@ -146,120 +139,6 @@ def global_average(scope: Scope, position: int) -> Reduction | None:
     for dim in dims:
         divisor *= shape[dim]
     return Sum(dims, True, divisor, None, kept_batch(scope, dims, True), operation=scope.node.op)
-
-
-@dataclass(frozen=True)
-class Moments(Reduction):
-    """Mean and biased variance over space, and over the batch where ``groups`` is None.
-
-    Of a map ``N C *``: ``[C]`` each, or, with groups G, ``[N, G]`` each (instance normalisation has G = C).
-    """
-
-    groups: int | None
-    count: int
-    keeps_batch: int | None
-    axes: tuple[Axes, ...] = (WHOLE, WHOLE)
-
-    def partial(self, slab: Tensor, rows: Interval) -> tuple[Any, ...]:
-        slab = wide(slab)
-        count = slab.numel() // (slab.shape[1] if self.groups is None else slab.shape[0] * self.groups)
-        variance, mean = _variance_and_mean(slab, self.groups)
-        return [count], [mean], [variance]
-
-    def merge(self, first: tuple[Any, ...], second: tuple[Any, ...]) -> tuple[Any, ...]:
-        merged = tuple(mine + others for mine, others in zip(first, second, strict=True))
-        return merged if len(merged[0]) < _AT_ONCE else _merged(*merged)
-
-    def finish(self, state: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        _, (mean,), (variance,) = _merged(*state)
-        return mean, variance
-
-    def coefficients(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Any:
-        # dx = dmean/n + 2/n * dvar * (x - mean), as one scale and one shift a channel.
-        for_mean, for_variance = gradients
-        average = outputs[0]
-        scale = 0 * average if for_variance is None else for_variance * (2 / self.count)
-        if for_mean is None:
-            return scale, -scale * average
-        return scale, torch.addcmul(for_mean / self.count, scale, average, value=-1)
-
-    def inject(self, slab: Tensor, rows: Interval, coefficients: Any) -> Tensor:
-        scale, shift = coefficients
-        shape = [1, -1] + [1] * (slab.dim() - 2)
-        if self.groups is not None:
-            repeat = slab.shape[1] // self.groups
-            scale, shift = (t.repeat_interleave(repeat, 1) for t in (scale, shift))
-            shape[0] = slab.shape[0]
-        return torch.addcmul(shift.view(shape), wide(slab), scale.view(shape)).to(slab.dtype)
-
-
-_AT_ONCE = 64
-"""Slabs whose moments are merged together."""
-
-
-def _merged(counts: list[int], means: list[Tensor], variances: list[Tensor]) -> tuple[Any, ...]:
-    """The moments of several slabs as those of one (Chan, Golub and LeVeque): counts, means and biased variances.
-
-    The variance is the average of the slabs' own ones, and of their means' squared distances from the mean of all. A
-    few calls for any number of slabs.
-    """
-    if len(counts) == 1:
-        return counts, means, variances
-    total = sum(counts)
-    shares = [count / total for count in counts]
-    mean = torch.stack(torch._foreach_mul(means, shares)).sum(0)
-    apart, parts = torch._foreach_sub(means, [mean] * len(means)), torch._foreach_mul(variances, shares)
-    torch._foreach_addcmul_(parts, apart, apart, shares)
-    return [total], [mean], [torch.stack(parts).sum(0)]
-
-
-_PIECE = 2**20
-"""Bytes of deviations that exist at once, unless one channel takes more."""
-
-
-def _variance_and_mean(x: Tensor, groups: int | None) -> tuple[Tensor, Tensor]:
-    """Biased variance and mean, in two passes over ``x``.
-
-    ``torch.var_mean`` takes one pass, which on the CPU adds one number at a time: two passes with vectorised sums are
-    several times faster. The deviations are made channels by channels, so that no second slab exists.
-    """
-    if groups is not None:
-        x = x.reshape(x.shape[0], groups, -1)
-    dims = [0, *range(2, x.dim())] if groups is None else [2]
-    if x.device.type != "cpu":
-        return torch.var_mean(x, dims, correction=0)
-    mean = x.mean(dims, keepdim=True)
-    channels = x.shape[1]
-    pieces = max(1, min(channels, x.numel() * x.element_size() // _PIECE))
-    variances = []
-    for i in range(pieces):
-        start, end = channels * i // pieces, channels * (i + 1) // pieces
-        deviations = x.narrow(1, start, end - start) - mean.narrow(1, start, end - start)
-        variances.append(deviations.square_().mean(dims))
-    variance = variances[0] if pieces == 1 else torch.cat(variances, -1)
-    return variance, mean.reshape(variance.shape)
-
-
-def _moments(x: Tensor, groups: int | None) -> tuple[Tensor, Tensor]:
-    variance, mean = _variance_and_mean(wide(x), groups)
-    return mean, variance
-
-
-moments = Operator("moments", _moments)
-
-
-@register("reduction", moments)
-def moments_rule(scope: Scope) -> Reduction | None:
-    """``moments(input, groups)``: the reduction half of a normalisation over space."""
-    shape, axes = scope.shape(scope.node.args[0]), scope.of(scope.node.args[0])
-    groups = scope.node.args[1]
-    if axes.row is None or axes.row < 2:
-        return None
-    elements = 1
-    for size in shape:
-        elements *= size
-    count = elements // (shape[1] if groups is None else shape[0] * groups)
-    return Moments(groups, count, None if groups is None else axes.batch)
 
 
 @register("reduction", aten.max.dim, aten.min.dim, aten.median.dim, aten.argmax.default, aten.argmin.default)

@@ -24,8 +24,8 @@ from torch.distributed import distributed_c10d
 
 from lrcnn_lightning.graph import CUMULATIVE, SYNC_BATCH_NORM, Node, Ref
 from lrcnn_lightning.rules.expansion import Builder, expands
+from lrcnn_lightning.rules.moments import moments
 from lrcnn_lightning.rules.normalisation import emit_normalise, update_statistics
-from lrcnn_lightning.rules.reduction import moments
 from lrcnn_lightning.rules.rule import Operator
 
 __all__ = ["merge_processes"]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrcnn_lightning
 from lrcnn_lightning.models import UNet, resnet18, vgg16
 from lrcnn_lightning.monitor import measure_module
 from lrcnn_lightning.planning.plan import Plan
+from lrcnn_lightning.planning.workspace import kernel_call
+from tests.cuda.conftest import NO_GPU
+from tests.cuda.networks import NETWORKS
 
 MIB = 2**20
 
@@ -80,8 +86,51 @@ def test_budgets_hold(name: str, dtype: torch.dtype | None, layout: torch.memory
     assert found.peak_bytes == pytest.approx(peak, rel=0.10), shown
 
 
+class Unseen(TorchDispatchMode):
+    """What operations take of a GPU for themselves, in bytes by name: the most of each, unless it is predicted."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device, self.most = device, defaultdict[str, int](int)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        result = func(*args, **(kwargs or {}))
+        held = max(before, torch.cuda.memory_allocated(self.device))
+        if kernel_call(func, args, kwargs or {}) is None:
+            taken = torch.cuda.max_memory_allocated(self.device) - held
+            self.most[str(func)] = max(self.most[str(func)], taken)
+        return result
+
+
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@NO_GPU
+@pytest.mark.parametrize("name", ["ResNet", "ConvNeXt", "U-Net, bilinear", "EfficientNet", "volume"])
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+def test_no_kernel_takes_more_than_is_predicted(name: str, last: bool, gpu: torch.device) -> None:
+    """``torch.var_mean`` took 256 MiB for the moments of a slab of 32, channels last."""
+    module, x = NETWORKS[name].made(gpu)
+    x = torch.nn.functional.interpolate(x.float(), scale_factor=2.0)
+    layout = torch.preserve_format
+    if last:
+        layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    module, x = module.float().to(memory_format=layout), x.to(memory_format=layout)
+    lrcnn_lightning.rowwise(module, mode="two_phase", rows=2, segments=2, max_overhead=float("inf"))
+    with torch.autocast("cuda", torch.bfloat16):
+        module(x).sum().backward()
+    largest = x.numel() * 4
+    with torch.autograd.set_multithreading_enabled(False), Unseen(gpu) as unseen:
+        with torch.autocast("cuda", torch.bfloat16):
+            output = module(x)
+        output.sum().backward()
+    assert {name: taken for name, taken in unseen.most.items() if taken > max(largest, 2 * MIB)} == {}
+
+
+@pytest.mark.cuda
+@NO_GPU
 def test_planning_leaves_the_statistics_of_the_allocator_alone(gpu: torch.device) -> None:
     module = vgg16(width=0.25).to(gpu)
     x = torch.randn(1, 3, 256, 256, device=gpu)
