@@ -27,6 +27,7 @@ from lrcnn_lightning.planning.keeping import Keeping
 from lrcnn_lightning.planning.planner import Planner
 from lrcnn_lightning.planning.problem import Problem
 from lrcnn_lightning.rules import Interval, Reduction, Role, RowGraph, RowRule, Tile, lower
+from lrcnn_lightning.rules.formula import flat
 
 __all__ = ["RELATIVE", "assert_exact", "check_rules", "difference", "differences", "observe", "row_graph", "twin"]
 
@@ -210,25 +211,56 @@ def _check_row(graph: RowGraph, store: dict[int, Any], node: Any, rule: RowRule,
             continue
         gap = difference(slab, want)
         assert gap < 1e-12, f"{where}: differs by {gap:.2e} (shapes {list(slab.shape)}, {list(want.shape)})"
-    if type(rule).hollow is not RowRule.hollow:
-        _check_hollow(rule, args, kwargs, tile, where)
+    _check_formula(node, rule, args, kwargs, tile, where)
 
 
-def _check_hollow(rule: RowRule, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile, where: str) -> None:
-    """The stand-in has the shape and the gradients of the operation."""
-    found = []
-    for call in (rule.run, rule.hollow):
-        leaves = [a.detach().clone().requires_grad_() if isinstance(a, Tensor) else a for a in args]
-        output = call(tuple(leaves), kwargs, tile)
-        if output is None:
-            return
-        generator = torch.Generator().manual_seed(0)
-        output.backward(torch.randn(output.shape, generator=generator, dtype=output.dtype))
-        found.append((tuple(output.shape), [a.grad for a in leaves if isinstance(a, Tensor)]))
-    (shape, gradients), (hollow_shape, hollow_gradients) = found
-    assert shape == hollow_shape, f"{where}: the stand-in has shape {hollow_shape}, not {shape}"
-    for mine, theirs in zip(hollow_gradients, gradients, strict=True):
-        assert difference(mine, theirs) < 1e-12, f"{where}: hollow gradient differs"
+def _check_formula(
+    node: Any, rule: RowRule, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile, where: str
+) -> None:
+    """A formula gives the results and the gradients of the operation, and the gradients also of a hollow one."""
+    floats = [isinstance(a, Tensor) and a.is_floating_point() for a in flat(args)]
+    formula = rule.formula(tile, _nested(args, floats))
+    assert not rule.hollow or formula is not None, f"{where}: hollow without a formula"
+    if (
+        formula is None
+        or any(isinstance(item, Tensor) for item in kwargs.values())
+        or not formula.applies(args, kwargs)
+    ):
+        return
+    leaves = [
+        a.detach().clone().requires_grad_(bool(a.is_floating_point())) if isinstance(a, Tensor) else a
+        for a in flat(args)
+    ]
+    outputs = rule.run(_nested(args, leaves), kwargs, tile)
+    outputs = outputs if isinstance(outputs, (list, tuple)) else (outputs,)
+    generator = torch.Generator().manual_seed(0)
+    seeds = [torch.randn(o.shape, generator=generator, dtype=o.dtype) if o.requires_grad else None for o in outputs]
+    if all(seed is None for seed in seeds):
+        return
+    torch.autograd.backward(
+        [o for o, s in zip(outputs, seeds, strict=True) if s is not None], [s for s in seeds if s is not None]
+    )
+    for hollow in (False, True)[: 1 + rule.hollow]:
+        with torch.no_grad():
+            result, saved = formula.forward(args, kwargs, hollow)
+            made = list(flat(formula.backward(saved, list(seeds))))
+        if not hollow:
+            for mine, theirs in zip(result if isinstance(result, tuple) else (result,), outputs, strict=True):
+                assert difference(mine, theirs) < 1e-12, f"{where}: the formula's result differs"
+        for mine, leaf in zip(made, leaves, strict=False):
+            if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.grad is not None:
+                assert mine is not None, f"{where}: the formula has no gradient"
+                assert mine.shape == leaf.shape and difference(mine, leaf.grad) < 1e-12, f"{where}: by formula"
+
+
+def _nested(tree: Any, items: Sequence[Any]) -> Any:
+    """The items in the places of what is inside nested lists and tuples."""
+    remaining = iter(items)
+
+    def placed(item: Any) -> Any:
+        return [placed(inner) for inner in item] if isinstance(item, (list, tuple)) else next(remaining)
+
+    return tuple(placed(item) for item in tree)
 
 
 def _check_reduction(graph: RowGraph, store: dict[int, Any], node: Any, rule: Reduction) -> None:

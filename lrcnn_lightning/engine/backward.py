@@ -1,7 +1,7 @@
 """The row loop, backward: compute each row again, differentiate it, drop it.
 
-Rows from the bottom. Row r is computed again from the kept carry, differentiated, and the gradient of its carry is
-handed up to row r-1, where it is added to the gradient of that tail:
+Rows from the bottom. Row r is computed again from the kept carry, differentiated operation by operation, the last one
+first, and the gradient of its carry is handed up to row r-1, where it is added to the gradient of that tail:
 
     row r+1                                  [tail | new ...
                                               |  gradient of the carry
@@ -13,22 +13,26 @@ handed up to row r-1, where it is added to the gradient of that tail:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lrcnn_lightning.engine.maps import Gradients, cut, taken
+from lrcnn_lightning.engine.maps import Gradients, cut
 from lrcnn_lightning.engine.rows import Carries
-from lrcnn_lightning.engine.slabs import Prepared, SlabCall, Target
+from lrcnn_lightning.engine.slab_gradients import SlabGradients
+from lrcnn_lightning.engine.slabs import Prepared, Sink, SlabCall, Target, as_tuple
+from lrcnn_lightning.graph.lines import lines
+from lrcnn_lightning.graph.switches import entered
 from lrcnn_lightning.graph.tap import tapped
 from lrcnn_lightning.planning.halos import Row
 from lrcnn_lightning.planning.loop import BackwardPass
 from lrcnn_lightning.rules import Axes, Interval, Reduction, Tile
 
-__all__ = ["differentiate"]
+__all__ = ["as_now", "differentiate"]
 
 NOTHING = Interval(0, 0)
 _NONE: Mapping[int, Tensor] = {}
@@ -78,16 +82,6 @@ def as_now(store: Mapping[int, Any], later: Mapping[int, Tensor]) -> Iterator[No
             store[index].data.copy_(tensor)
 
 
-def _is_differentiable(tensor: Tensor) -> bool:
-    """Whether a tensor can have a gradient."""
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _hand_up(handed_up: dict[int, Tensor], value: int, gradient: Tensor) -> None:
-    # The gradient is a view of that of the whole slab, which must not live on.
-    handed_up[value] = gradient.clone()
-
-
 def _edge(tensor: Tensor) -> torch.autograd.graph.GradientEdge:
     """The place of a tensor in autograd's graph, which is all that is needed to start there: the tensor itself may go.
 
@@ -99,20 +93,18 @@ def _edge(tensor: Tensor) -> torch.autograd.graph.GradientEdge:
     return torch.autograd.graph.get_gradient_edge(tensor)
 
 
-class _Lazy(dict[int, Tensor]):
-    """Tensors made when first read.
-
-    Autograd runs what was made last first. A tap that is made just before the operation that reads it is run just
-    after that operation's backward, so the gradient does not wait for the end of the row.
+@dataclass
+class _Recorded:
+    """A call that waits for the gradients of its results: with what its formula has saved, or where autograd is to
+    start, for each result.
     """
 
-    def __init__(self, make: Callable[[int], Tensor]) -> None:
-        super().__init__()
-        self._make = make
-
-    def __missing__(self, value: int) -> Tensor:
-        self[value] = self._make(value)
-        return self[value]
+    call: SlabCall
+    dtypes: tuple[torch.dtype, ...]
+    saved: tuple[Any, ...] | None = None
+    edges: tuple[Any, ...] = ()
+    received: list[tuple[Sink, Tensor]] | None = None
+    """What taps have been given, if autograd makes the gradients."""
 
 
 class _BackwardRow:
@@ -135,84 +127,182 @@ class _BackwardRow:
         self.injections: dict[int, list[int]] = {}
         for position in run.injections:
             self.injections.setdefault(self.graph.nodes[position].inputs[0], []).append(position)
-        self.roots: list[Any] = []
-        self.seeds: list[Tensor] = []
+        self.slab_gradients = SlabGradients()
 
     def differentiate(
         self, calls: tuple[SlabCall, ...], carried: dict[int, Tensor], from_below: dict[int, Tensor]
     ) -> dict[int, Tensor]:
         """Add to the gradients; returns those of this row's carries, for the row above."""
-        graph, run = self.graph, self.run
         handed_up: dict[int, Tensor] = {}
-
-        def tap_carry(value: int) -> Tensor:
-            carry = carried[value]
-            if graph.producer[value] in run.differentiated and _is_differentiable(carry):
-                return self._tap(carry, partial(_hand_up, handed_up, value))
-            return carry
-
-        self._recompute(calls, _Lazy(tap_carry), from_below)
-        self._inject_into_sources()
-        if self.roots:
+        with torch.no_grad():
+            recorded = self._recompute(calls, carried)
+            self._inject_into_sources()
             with as_now(self.store, self.later):
-                torch.autograd.grad(self.roots, [self.origin], self.seeds, allow_unused=True)
+                while recorded:
+                    self._back(recorded.pop(), from_below, handed_up)
         return handed_up
 
-    def _tap(self, tensor: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
-        """The tensor, such that its gradient is given to ``receive`` the moment autograd has it, and then dropped."""
-        with torch.enable_grad():
-            return tapped(tensor.detach(), self.origin, receive)
+    # ---------------------------------------------------------------- computing again
 
-    def _tap_input(self, value: int) -> Tensor:
-        """A whole value, or the slab of a source map, that this pass collects the gradient of."""
-        if not self.graph.is_map(value):
-            return self._tap(self.store[value], partial(self.gradients.add, value, more=True))
-        tile = Tile(self.row.reads[value], self.batch)
-        return self._tap(self._stored(value, tile), partial(self.gradients.add_tile, value, tile=tile))
+    def _recompute(self, calls: tuple[SlabCall, ...], carried: dict[int, Tensor]) -> list[_Recorded]:
+        """Compute the row again. Slabs live on only where a formula or autograd saved them."""
+        run, store = self.run, self.store
+        slabs: dict[int, Tensor] = {}
+        recorded: list[_Recorded] = []
+        for call in calls:
+            if call.position in run.differentiated:
+                results = self._recorded(call, slabs, carried, recorded)
+                for target in call.targets:
+                    if target.value in self.injections:
+                        self._inject(target, target.owned(results, slabs))
+            else:
+                results = call(slabs, store, carried)
+            del results  # with it goes what was computed, unless it is a slab or saved
+            for value in call.drops:
+                slabs.pop(value, None)
+        return recorded
+
+    def _recorded(
+        self, call: SlabCall, slabs: dict[int, Tensor], carried: dict[int, Tensor], recorded: list[_Recorded]
+    ) -> tuple[Any, ...]:
+        """Run a call such that it can be differentiated; returns what was computed."""
+        results: tuple[Any, ...] = (None,) * len(self.graph.nodes[call.position].outputs)
+        if call.computes:
+            formula = call.formula
+            args, kwargs = call.arguments(slabs, self.store)
+            if formula is not None and formula.applies(args, kwargs):
+                with contextlib.nullcontext() if call.context is None else entered(call.context):
+                    result, saved = formula.forward(args, kwargs, call.hollow)
+                results = as_tuple(result)
+                recorded.append(_Recorded(call, tuple(r.dtype for r in results if r is not None), saved))
+            else:
+                del args, kwargs
+                received: list[tuple[Sink, Tensor]] = []
+                sinks = {sink.value: sink for sink in call.sinks if sink is not None}
+
+                def record(value: int, tensor: Tensor) -> Tensor:
+                    return tapped(tensor.detach(), self.origin, partial(self._receive, sinks[value], received))
+
+                with torch.enable_grad():
+                    results = call.computed(*call.arguments(slabs, self.store, record))
+                edges = tuple(_edge(result) if result.requires_grad else None for result in results)
+                recorded.append(_Recorded(call, tuple(r.dtype for r in results), None, edges, received))
+        else:
+            recorded.append(_Recorded(call, ()))
+        call.put(results, slabs, carried)
+        return results
+
+    def _inject(self, target: Target, owned: Tensor | None) -> None:
+        """Add to the gradient of a slab what the reductions that read it add."""
+        value, tile = target.value, target.tile
+        slab = self._stored(value, tile) if value in self.store else owned
+        assert slab is not None
+        for gradient in self._injected(value, slab.detach(), tile):
+            self.slab_gradients.hold(gradient)
+            self.slab_gradients.add(value, gradient, target.part)
+            self.slab_gradients.let_go(gradient)
+
+    # ---------------------------------------------------------------- backward
+
+    def _back(self, recorded: _Recorded, from_below: dict[int, Tensor], handed_up: dict[int, Tensor]) -> None:
+        """Differentiate a call: the gradients of its results are complete, since all that reads them is done."""
+        call = recorded.call
+        outputs = self.graph.nodes[call.position].outputs
+        gradients = [self._taken(call, number, value, recorded, from_below) for number, value in enumerate(outputs)]
+        if all(gradient is None for gradient in gradients):
+            return
+        if call.head:
+            handed_up.update(self._handed_up(call, outputs, gradients))
+        if not call.computes:
+            return
+        own = list(map(partial(self._computed, call), outputs, gradients))
+        del gradients
+        self._route(call, self._made(recorded, own))
+
+    def _route(self, call: SlabCall, made: list[tuple[Sink, Tensor]]) -> None:
+        """Add the gradients that were made."""
+        slabs = self.slab_gradients
+        for _, gradient in made if call.fresh else ():
+            slabs.hold(gradient)
+        while made:
+            sink, gradient = made.pop(0)
+            if sink.tile is None:
+                slabs.add(sink.value, gradient, sink.part)
+            else:
+                self.gradients.add_tile(sink.value, gradient, sink.tile, slabs.is_alone(gradient))
+            if call.fresh:
+                slabs.let_go(gradient)
+
+    def _axis(self, value: int) -> int:
+        axis = self.graph.axes[value].row
+        assert axis is not None
+        return axis
+
+    def _computed(self, call: SlabCall, value: int, gradient: Tensor | None) -> Tensor | None:
+        """The gradient of what was computed, of that of the slab with the carry before it."""
+        if gradient is None or not call.head:
+            return gradient
+        axis = self._axis(value)
+        return lines(gradient, axis, call.head, gradient.shape[axis] - call.head)
+
+    def _handed_up(
+        self, call: SlabCall, values: Sequence[int], gradients: Sequence[Tensor | None]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The gradients of carries: copies, since they are parts of those of slabs, which must not live on."""
+        for value, gradient in zip(values, gradients, strict=True):
+            if gradient is not None:
+                yield value, lines(gradient, self._axis(value), 0, call.head).clone()
+
+    def _taken(
+        self, call: SlabCall, number: int, value: int, recorded: _Recorded, from_below: dict[int, Tensor]
+    ) -> Tensor | None:
+        """The gradient of a slab: from its readers and from reductions, from its map, and from the row below."""
+        dtype = recorded.dtypes[number] if recorded.dtypes else None
+        for target in call.targets:
+            full = self.gradients.get(value) if target.value == value and value in self.run.outputs else None
+            if full is not None:
+                gradient = cut(full, self.graph.axes[value], target.tile)
+                self.slab_gradients.add(value, gradient if dtype is None else gradient.to(dtype), target.part, True)
+        for carried, part in call.carried:
+            if carried == value and value in from_below:
+                gradient = from_below[value]
+                self.slab_gradients.add(value, gradient if dtype is None else gradient.to(dtype), part, True)
+        return self.slab_gradients.take(value)
+
+    def _made(self, recorded: _Recorded, gradients: list[Tensor | None]) -> list[tuple[Sink, Tensor]]:
+        """The gradients of the operands of a call, but those of whole values, which are added to their sums."""
+        call, saved = recorded.call, recorded.saved
+        recorded.saved = None
+        if saved is not None:
+            assert call.formula is not None
+            made = []
+            for sink, gradient in call.sunk(call.formula.backward(saved, gradients)):
+                if sink.slab or sink.tile is not None:
+                    made.append((sink, gradient))
+                else:
+                    self.gradients.add(sink.value, gradient, more=True)
+            return made
+        pairs = [(e, g) for e, g in zip(recorded.edges, gradients, strict=True) if e is not None and g is not None]
+        recorded.edges = ()
+        if pairs:
+            edges, seeds = map(list, zip(*pairs, strict=True))
+            del pairs
+            gradients.clear()
+            torch.autograd.grad(edges, [self.origin], seeds, allow_unused=True)
+        return recorded.received or []
+
+    def _receive(self, sink: Sink, received: list[tuple[Sink, Tensor]], gradient: Tensor) -> None:
+        """Autograd has the gradient of an operand."""
+        if sink.slab or sink.tile is not None:
+            received.append((sink, gradient))
+        else:
+            self.gradients.add(sink.value, gradient, more=True)
+
+    # ---------------------------------------------------------------- reductions
 
     def _stored(self, value: int, tile: Tile) -> Tensor:
         """The part of a full map that lies in ``tile``."""
         return cut(self.store[value], self.graph.axes[value], tile)
-
-    def _recompute(
-        self, calls: tuple[SlabCall, ...], carried: dict[int, Tensor], from_below: dict[int, Tensor]
-    ) -> None:
-        """Compute the row again and note where gradients enter it. Slabs live on only where autograd saved them."""
-        run, store = self.run, self.store
-        slabs: dict[int, Tensor] = {}
-        taps = _Lazy(self._tap_input)
-        with torch.enable_grad():
-            for call in calls:
-                if call.position in run.differentiated:
-                    results = call(slabs, store, taps, carried)
-                    for target in call.targets:
-                        self._seed_target(target, target.owned(results, slabs))
-                    for value, cuts in call.carried:
-                        if value in from_below and slabs[value].requires_grad:
-                            self._seed(taken(slabs[value], cuts), from_below[value])
-                else:
-                    with torch.no_grad():
-                        results = call(slabs, store, taps, carried)
-                del results  # with it goes what was computed, unless it is a slab or saved
-                for value in call.drops:
-                    slabs.pop(value, None)
-
-    def _seed(self, tensor: Tensor, gradient: Tensor) -> None:
-        self.roots.append(tensor if tensor.grad_fn is None else _edge(tensor))
-        self.seeds.append(gradient.to(tensor.dtype))
-
-    def _seed_target(self, target: Target, owned: Tensor) -> None:
-        """The gradient of a target's rows: from its map, and from the reductions that read it."""
-        if not owned.requires_grad:
-            return
-        value, tile = target.value, target.tile
-        full = self.gradients.get(value) if value in self.run.outputs else None
-        if full is not None:
-            self._seed(owned, cut(full, self.graph.axes[value], tile))
-        if value in self.injections:
-            values = self._stored(value, tile) if value in self.store else owned.detach()
-            for gradient in self._injected(value, values, tile):
-                self._seed(owned, gradient)
 
     def _inject_into_sources(self) -> None:
         """A reduction that reads a map straight from the border adds to the gradient of that map."""

@@ -196,29 +196,32 @@ class Gradients:
         self._tensors[value] = gradient
         self._borrowed.add(value)
 
-    def add(self, value: int, gradient: Tensor, more: bool = False) -> None:
-        """Add the gradient of a whole value or full map; ``more``: others will come, so a copy of it is begun with."""
+    def add(self, value: int, gradient: Tensor, more: bool = False, alone: bool = False) -> None:
+        """Add the gradient of a whole value or full map; ``more``: others will come, so a copy of it is begun with,
+        unless it is ``alone``, with memory that nobody else has.
+        """
         self._finish(value)
         present = self._tensors.get(value)
         if present is None:
             if gradient.dtype in (torch.float16, torch.bfloat16) and self._axes_of(value).row is None:
                 self._tensors[value] = gradient.float()
-            elif more or _is_part(gradient):
+            elif (more and not alone) or _is_part(gradient):
                 self._tensors[value] = gradient.clone()
-            else:  # autograd may have given the same tensor to somebody else
+            else:
                 self._tensors[value] = gradient
-                self._borrowed.add(value)
+                if not alone:
+                    self._borrowed.add(value)
         elif value in self._borrowed:
             self._tensors[value] = present + gradient
             self._borrowed.discard(value)
         else:
             present.add_(gradient)
 
-    def add_tile(self, value: int, gradient: Tensor, tile: Tile) -> None:
-        """Add the gradient of the part of a map that lies in ``tile``."""
+    def add_tile(self, value: int, gradient: Tensor, tile: Tile, alone: bool = False) -> None:
+        """Add the gradient of the part of a map that lies in ``tile``; ``alone``: nobody else has its memory."""
         shape, axes = self._shape_of(value), self._axes_of(value)
         if tuple(gradient.shape) == shape:
-            self.add(value, gradient)
+            self.add(value, gradient, alone=alone)
             return
         present = self._tensors.get(value)
         if present is None:

@@ -30,7 +30,6 @@ __all__ = ["Carries", "RowLoop", "run_node"]
 Carries = dict[tuple[int, int], dict[int, Tensor]]
 
 _DEFAULT = Context()
-_NO_TAPS: Mapping[int, Tensor] = {}
 
 
 def run_node(node: Node, tensors: dict[int, Any]) -> tuple[Any, ...]:
@@ -70,7 +69,7 @@ class RowLoop:
                 if not bare:
                     reductions.add_sources(row.owned, batch, chunk)
                 for call in self.prepared.forward(loop, chunk, r):
-                    results = call(slabs, store, _NO_TAPS, carried)
+                    results = call(slabs, store, carried)
                     for value, cuts in call.hands:
                         handed[value] = taken(slabs[value], cuts).clone(memory_format=torch.preserve_format)
                     for target in () if bare else call.targets:

@@ -19,15 +19,21 @@ class Buffers:
         self._place: dict[Name, Name | None] = {}
         """Name -> buffer; ``None`` where the memory is that of something which lives longer (a full map)."""
         self._users: dict[Name, int] = {}
+        self._loose: set[Name] = set()
         self._made = 0
 
     def __contains__(self, name: Name) -> bool:
         return name in self._place
 
-    def make(self, name: Name, size: float) -> None:
-        """A new tensor of ``size`` bytes. If there is one of that name, that is let go once the new one is there."""
+    def make(self, name: Name, size: float, loose: bool = False) -> None:
+        """A new tensor of ``size`` bytes. If there is one of that name, that is let go once the new one is there.
+
+        ``loose``: elements share memory, or others may have it.
+        """
         self._made += 1
         buffer = (*name, self._made)
+        if loose:
+            self._loose.add(buffer)
         self._memory.allocate(buffer, size)
         self.drop(name)
         self._place[name] = buffer
@@ -40,6 +46,15 @@ class Buffers:
             self._users[buffer] += 1
         self.drop(name)
         self._place[name] = buffer
+
+    def is_alone(self, name: Name) -> bool:
+        """Whether a tensor has its memory for itself."""
+        buffer = self._place.get(name)
+        return buffer is not None and self._users[buffer] == 1 and buffer not in self._loose
+
+    def memory_of(self, name: Name) -> Name | None:
+        """The key that the memory of a tensor is under."""
+        return self._place.get(name)
 
     def hold(self, name: Name) -> Name | None:
         """Whoever gives the buffer that is returned to `release` uses it until then."""

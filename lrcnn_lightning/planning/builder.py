@@ -415,7 +415,7 @@ class SegmentBuilder:
         """Whether only the gradient of a node is wanted in a pass, not its values."""
         graph = self.graph
         rule = graph.rules[position]
-        if position not in differentiated or not isinstance(rule, RowRule) or type(rule).hollow is RowRule.hollow:
+        if position not in differentiated or not isinstance(rule, RowRule) or not rule.hollow:
             return False
         (output,) = graph.nodes[position].outputs
         if any(reader in nodes for reader in graph.readers[output]):

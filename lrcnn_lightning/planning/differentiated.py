@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lrcnn_lightning.graph import CustomFunction
 from lrcnn_lightning.planning.footprint import Footprint, Footprints
 from lrcnn_lightning.planning.loop import BackwardPass
 from lrcnn_lightning.planning.memory import Memory
@@ -31,8 +32,6 @@ class BackwardRow(SimulatedRow):
         """What autograd saved for a node: buffers."""
         self.sliced: set[int] = set()
         """Values whose slab gradient is a slice of a gradient map, or of what the loss has handed down."""
-        self.unreceived: dict[int, int] = {}
-        """Source map -> differentiated nodes that have yet to give it a gradient."""
 
     def differentiate(self, from_below: dict[int, float]) -> dict[int, float]:
         """Value -> bytes of the gradient of its carry, for the row above; ``from_below``: those for this row."""
@@ -41,7 +40,7 @@ class BackwardRow(SimulatedRow):
         self._inject_into_sources()
         handed: dict[int, float] = {}
         for position in reversed(self.run.nodes):
-            if position in self.found:
+            if position in self.run.differentiated:
                 self._back(position, from_below, handed)
         self.buffers.drop_all()
         return handed
@@ -71,17 +70,19 @@ class BackwardRow(SimulatedRow):
         self.held[position] = held
         if footprint.extra:
             buffers.make(("extra", position), footprint.extra * self.share(position))
-        for value in footprint.gradients:
-            if value in self.run.maps:
-                self.unreceived[value] = self.unreceived.get(value, 0) + 1
 
     def _inject(self, value: int) -> None:
-        """What the reductions of a value add to its gradient: made now, and held until the end of the row."""
-        owned = self.row.owned[value].length
+        """What the reductions of a value add to the gradient of its slab."""
+        owned, span = self.row.owned[value].length, self.row.spans[self.graph.producer[value]]
         for position in self.injections[value]:
             footprint = self.footprints.reduction(position, owned, self.samples)
             self.memory.touch(footprint.inject)
-            self.buffers.make(("seed", value, position), footprint.gradient)
+            made = ("made", value)
+            self.buffers.make(
+                made, footprint.gradient, footprint.gradient < bytes_of(self.graph, value, owned, self.samples)
+            )
+            self._add(value, owned == span.hi - span.lo, made)
+            self.buffers.drop(made)
 
     def _inject_into_sources(self) -> None:
         for value in self.injections:
@@ -94,16 +95,20 @@ class BackwardRow(SimulatedRow):
     # ---------------------------------------------------------------- backward
 
     def _back(self, position: int, from_below: dict[int, float], handed: dict[int, float]) -> None:
-        """The gradients of a node's results come, those of its inputs are made, what was saved is dropped.
-
-        Autograd adds gradients to what is there when a node's own ones and what it saved are gone.
-        """
-        graph, buffers = self.graph, self.buffers
-        node, footprint, share = graph.nodes[position], self.found[position], self.share(position)
+        """The gradients of a node's results come, those of its inputs are made, what was saved is dropped."""
+        graph, buffers, span = self.graph, self.buffers, self.row.spans[position]
+        node, share = graph.nodes[position], self.share(position)
         for value in node.outputs:
             self._collect(position, value, from_below)
-        received = []
-        if any(("slab gradient", value) in buffers for value in node.outputs):
+        if not any(("slab gradient", value) in buffers for value in node.outputs):
+            return
+        for value in node.outputs:
+            if span.lo < span.new and ("slab gradient", value) in buffers:
+                handed[value] = bytes_of(graph, value, span.new - span.lo, self.samples)
+                self.memory.allocate(("handed", value, self.r), handed[value])
+        received: list[int] = []
+        footprint = self.found.get(position)
+        if footprint is not None:
             for value in node.inputs:
                 if value in self.run.wholes and (size := sum_bytes(graph, value)):
                     self.memory.allocate(("gradient", value), size)
@@ -113,44 +118,38 @@ class BackwardRow(SimulatedRow):
                 if value in self.run.maps or graph.producer.get(value) in self.run.differentiated:
                     received.append(value)
                     if (passed := footprint.passed_on.get(value)) is None:
-                        buffers.make(("made", value), share * size)
+                        buffers.make(("made", value), share * size, self._is_loose(position, value, share * size))
                     else:
                         buffers.share(("made", value), ("slab gradient", passed))
             for buffer in self.held[position]:
                 buffers.release(buffer)
             buffers.drop(("extra", position))
-        span = self.row.spans[position]
         for value in node.outputs:
-            if span.lo < span.new and ("slab gradient", value) in buffers:
-                handed[value] = bytes_of(graph, value, span.new - span.lo, self.samples)
-                self.memory.allocate(("handed", value, self.r), handed[value])
             buffers.drop(("slab gradient", value))
         for value in received:
             self._receive(position, value)
-        for value in footprint.gradients:
-            if value in self.unreceived:
-                self.unreceived[value] -= 1
-                if not self.unreceived[value]:
-                    self._add_to_map(value)
+
+    def _is_loose(self, position: int, value: int, size: float) -> bool:
+        """Whether elements of the gradient of an input of a node share memory, or others may have it."""
+        rule = self.graph.rules[position]
+        assert isinstance(rule, RowRule)
+        needed = rule.needed(self.row.spans[position].computed).length
+        is_expanded = size < bytes_of(self.graph, value, needed, self.samples) - 1
+        return is_expanded or isinstance(self.graph.nodes[position].op, CustomFunction)
 
     def _collect(self, position: int, value: int, from_below: dict[int, float]) -> None:
-        """Add to the gradient of a result what comes from its map, from reductions and from the row below."""
+        """Add to the gradient of a result what comes from its map and from the row below."""
         span, name = self.row.spans[position], ("slab gradient", value)
-        size = bytes_of(self.graph, value, span.hi - span.lo, self.samples)
-        owned = self.row.owned.get(value)
-        if owned is not None and not owned.empty:
-            whole = owned.length == span.computed.length
-            seeds: list[tuple[Any, ...]] = [("seed", value, p) for p in self.injections.get(value, ())]
-            if value in self.run.outputs:
-                seeds.append(("gradient", value))
-            for seed in seeds:
-                self._add(name, 0.0 if whole else size, size, seed)
-            if whole and seeds == [("gradient", value)] and value not in from_below:
-                height = self.graph.height(value)
-                if value in self.footprints.outside or self.footprints.cuts(value, owned.length, height, self.samples):
-                    self.sliced.add(value)
+        owned, height = self.row.owned.get(value), self.graph.height(value)
+        if owned is not None and not owned.empty and value in self.run.outputs:
+            whole = owned.length == span.hi - span.lo
+            alone = whole and name not in self.buffers and value not in from_below
+            outside = value in self.footprints.outside
+            if alone and (outside or self.footprints.cuts(value, owned.length, height, self.samples)):
+                self.sliced.add(value)
+            self._add(value, whole, None)
         if value in from_below:
-            self._add(name, size, size, None)  # it is a part: in zeros of the slab's size
+            self._add(value, False, None)
 
     def _copies_backward(self, position: int) -> float:
         """Bytes of dense copies: of the inputs, and of gradients that are parts of larger ones, with gaps."""
@@ -166,46 +165,37 @@ class BackwardRow(SimulatedRow):
                 total += bytes_of(self.graph, value, rows, self.samples)
         return total
 
-    def _add(self, name: tuple[Any, ...], made: float, size: float, shared: tuple[Any, ...] | None) -> None:
-        """Add to a gradient of ``size`` bytes one that takes ``made`` more, or is another's memory.
+    def _add(self, value: int, whole: bool, source: tuple[Any, ...] | None) -> None:
+        """Add to the gradient of a slab: to all of it or a part, from a buffer or from elsewhere.
 
-        Autograd adds to what is there in a new tensor.
+        What is added goes into the memory of what is there, if that is alone in it.
         """
-        if name in self.buffers:
-            self.memory.touch(made + size)
-            self.buffers.make(name, size)
-        elif made or shared is None:
-            self.buffers.make(name, made)
-        else:
-            self.buffers.share(name, shared)
+        name, span = ("slab gradient", value), self.row.spans[self.graph.producer[value]]
+        if name not in self.buffers and whole:
+            self.buffers.share(name, source or ("elsewhere",))
+        elif name not in self.buffers or not self.buffers.is_alone(name):
+            self.buffers.make(name, bytes_of(self.graph, value, span.hi - span.lo, self.samples))
 
     def _receive(self, position: int, value: int) -> None:
-        """The gradient of an input of a node, which has been made, is added to what is there."""
-        graph, rule, buffers = self.graph, self.graph.rules[position], self.buffers
+        """The gradient of an input of a node, which has been made, is added to that of its slab or map."""
+        graph, rule, buffers, made = self.graph, self.graph.rules[position], self.buffers, ("made", value)
         assert isinstance(rule, RowRule)
         needed = rule.needed(self.row.spans[position].computed).length
-        producer = graph.producer.get(value)
-        if value not in self.run.maps and producer is not None:
-            span = self.row.spans[producer]
-            there = span.hi - span.lo
-        else:
-            there = self.row.reads[value].length
-        size, made = bytes_of(graph, value, there, self.samples), ("made", value)
-        if there != needed:
-            # It is the gradient of a part of the slab: in zeros of the slab's size.
-            buffers.make(made, size)
-        if ("slab gradient", value) in buffers:
-            self.memory.touch(size)
-            buffers.make(("slab gradient", value), size)
-        else:
-            buffers.share(("slab gradient", value), made)
+        if value not in self.run.maps:
+            span = self.row.spans[graph.producer[value]]
+            self._add(value, needed == span.hi - span.lo, made)
+        elif ("gradient", value) not in self.memory:
+            self._begin_map(value, bytes_of(graph, value, needed, self.samples), buffers.memory_of(made))
         buffers.drop(made)
 
-    def _add_to_map(self, value: int) -> None:
-        """The gradient of the rows of a source map is complete: it is added to the map's."""
-        size = bytes_of(self.graph, value, self.row.reads[value].length, self.samples)
+    def _begin_map(self, value: int, size: float, memory: tuple[Any, ...] | None) -> None:
+        """The first gradient of a source map, of ``size`` bytes: it becomes that of the map, if it is one of all of it
+        and not a part of something larger.
+        """
         full = self.graph.values[value].bytes
-        if size >= full:
-            self.buffers.drop(("slab gradient", value))  # which is the map's
-        self.memory.allocate(("gradient", value), full)
-        self.buffers.drop(("slab gradient", value))
+        if size < full or (memory is not None and self.memory.size(memory) > self.memory.machine.rounded(full)):
+            self.memory.allocate(("gradient", value), full)
+        elif memory is None:  # that of another map
+            self.memory.allocate(("gradient", value), 0)
+        else:
+            self.memory.share(("gradient", value), memory)

@@ -11,7 +11,7 @@ Nodes that do the same on the same shapes share their trials.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +19,13 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
-from lrcnn_lightning.graph import Ref, dense_strides, map_refs
+from lrcnn_lightning.graph import Ref, dense_strides, map_refs, references
 from lrcnn_lightning.graph.switches import entered
 from lrcnn_lightning.planning.kernels import Kernels
 from lrcnn_lightning.planning.machine import CPU, Machine
 from lrcnn_lightning.planning.trial import Operand, Trial, called, results_of, tried, without_data
 from lrcnn_lightning.rules import Interval, Reduction, Role, RowGraph, RowRule, Tile
+from lrcnn_lightning.rules.formula import Recorded
 
 __all__ = ["Footprint", "Footprints"]
 
@@ -237,14 +238,24 @@ class Footprints:
             if index in unwanted:
                 operands[number] = operands[number]._replace(wanted=False)
 
-        def call(tensors: Mapping[int, Tensor]) -> Any:
-            numbers = {index: number for number, index in enumerate(node.inputs)}
-            args = map_refs(node.args, lambda ref: tensors[numbers[ref.index]])
-            kwargs = map_refs(node.kwargs, lambda ref: tensors[numbers[ref.index]])
-            with entered(node.context):
-                return rule.prepare(tile)(args, kwargs)
+        numbers = {index: number for number, index in enumerate(node.inputs)}
 
-        return self._tried((rule, tile), position, call, operands)
+        def arguments(tensors: Sequence[Any]) -> tuple[Any, Any]:
+            remaining = iter(tensors)
+            args, kwargs = map_refs((node.args, node.kwargs), lambda ref: next(remaining))
+            return args, kwargs
+
+        order = tuple(numbers[ref.index] for ref in references((node.args, node.kwargs)))
+
+        def call(tensors: Mapping[int, Tensor]) -> Any:
+            with entered(node.context):
+                return rule.prepare(tile)(*arguments([tensors[number] for number in order]))
+
+        recorded = None
+        if not any(references(node.kwargs)):
+            formula = rule.formula(tile, map_refs(node.args, lambda ref: operands[numbers[ref.index]].wanted))
+            recorded = None if formula is None else Recorded(formula, order, arguments, node.context)
+        return self._tried((rule, tile), position, call, operands, recorded)
 
     def _whole_trial(self, position: int) -> Trial | None:
         node = self.graph.nodes[position]
@@ -261,6 +272,7 @@ class Footprints:
         position: int,
         call: Callable[[Mapping[int, Tensor]], Any],
         operands: Mapping[int, Operand],
+        recorded: Recorded | None = None,
     ) -> Trial | None:
         signature = self._signature(position, key, operands)
         known = self._trials
@@ -270,7 +282,7 @@ class Footprints:
             if len(known) >= _MOST:
                 known.clear()
             try:
-                known[signature] = tried(call, operands, self.graph.autocast, self.machine.caching)
+                known[signature] = tried(call, operands, self.graph.autocast, self.machine.caching, recorded)
             except Exception:  # some operations have no backward pass without data: taken to save their inputs
                 known[signature] = None
         return known[signature]

@@ -29,6 +29,7 @@ from lrcnn_lightning.graph.switches import entered
 from lrcnn_lightning.graph.tap import tapped
 from lrcnn_lightning.monitor.meter import MemoryMeter
 from lrcnn_lightning.planning.workspace import Call, kernel_call
+from lrcnn_lightning.rules.formula import Recorded
 
 __all__ = ["Autocast", "Operand", "Trial", "called", "results_of", "tried", "without_data"]
 
@@ -118,6 +119,17 @@ def without_data(autocast: Autocast | None = None) -> Iterator[None]:
             yield
 
 
+@contextmanager
+def _keeping_copies(autocast: Autocast) -> Iterator[None]:
+    """As in a step, where autocast copies each weight once."""
+    kind, dtype = autocast
+    with torch.autocast(kind, dtype=dtype, cache_enabled=True):
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()
+
+
 def called(node: Node, tensors: Mapping[int, Tensor]) -> Any:
     """A node on full tensors, by their indices."""
     args, kwargs = (map_refs(tree, lambda ref: tensors[ref.index]) for tree in (node.args, node.kwargs))
@@ -142,26 +154,37 @@ def results_of(node: Node, tensors: Mapping[int, Tensor], values: Sequence[Value
     }
 
 
+class _Kind(NamedTuple):
+    """What the gradient of a result is like."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _gradients(made: list[_Given], kinds: Mapping[int, _Kind]) -> list[Tensor | None]:
+    """Gradients of results, which are noted but not held."""
+    gradients: list[Tensor | None] = []
+    for number, (shape, strides, dtype, device) in kinds.items():
+        gradient = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        storage = gradient.untyped_storage()
+        made.append(_Given(number, storage.nbytes(), weakref.ref(storage)))
+        gradients.append(gradient)
+    return gradients
+
+
 class _Source(torch.autograd.Function):
     """Where the gradients of results come from: autograd alone holds them, as if a later operation had made them."""
 
     @staticmethod
-    def forward(ctx: Any, made: list[_Given], numbers: Sequence[int], by_format: bool, *results: Tensor) -> Tensor:
-        ctx.made, ctx.numbers = made, numbers
-        ctx.kinds = [(tuple(result.shape), result.dtype, result.device) for result in results]
-        ctx.strides = [dense_strides(result.shape, result.stride() if by_format else None) for result in results]
+    def forward(ctx: Any, made: list[_Given], kinds: Mapping[int, _Kind], *results: Tensor) -> Tensor:
+        ctx.made, ctx.kinds = made, kinds
         return torch.empty(())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        gradients = [
-            torch.empty_strided(shape, strides, dtype=dtype, device=device)
-            for strides, (shape, dtype, device) in zip(ctx.strides, ctx.kinds, strict=True)
-        ]
-        for number, made in zip(ctx.numbers, gradients, strict=True):
-            storage = made.untyped_storage()
-            ctx.made.append(_Given(number, storage.nbytes(), weakref.ref(storage)))
-        return (None, None, None, *gradients)
+        return (None, None, *_gradients(ctx.made, ctx.kinds))
 
 
 class _Given(NamedTuple):
@@ -177,8 +200,10 @@ def tried(
     operands: Mapping[int, Operand],
     autocast: Autocast | None = None,
     by_format: bool = False,
+    recorded: Recorded | None = None,
 ) -> Trial:
     """Try a call that takes its operands by number; ``by_format``: gradients come in the memory format of the results.
+    ``recorded`` is the call with a formula for its gradients, if there is one; otherwise autograd makes them.
 
     Raises whatever the call raises.
     """
@@ -190,7 +215,7 @@ def tried(
         return 0
 
     with without_data(autocast), MemoryMeter(passing=note) as meter:
-        return _Attempt(call, operands, meter, kernels, by_format).run()
+        return _Attempt(call, operands, meter, kernels, by_format, recorded, autocast).run()
 
 
 class _Attempt:
@@ -203,8 +228,11 @@ class _Attempt:
         meter: MemoryMeter,
         kernels: list[Call],
         by_format: bool,
+        recorded: Recorded | None,
+        autocast: Autocast | None,
     ) -> None:
-        self.by_format = by_format
+        self.by_format, self.recorded, self.autocast = by_format, recorded, autocast
+        self.saved: tuple[Any, ...] | None = None
         self.call, self.operands, self.meter, self.kernels = call, operands, meter, kernels
         self.origin = torch.zeros((), requires_grad=True)
         self.given: list[_Given] = []
@@ -215,31 +243,24 @@ class _Attempt:
         meter, operands = self.meter, self.operands
         tensors = {number: operand.make() for number, operand in operands.items()}
         meter.sizes_born.clear()
-        with torch.no_grad():
-            results = self._results(tensors)
-            forward = meter.peak_bytes - meter.live_bytes
-            del results
-        with torch.enable_grad():
-            for number, operand in operands.items():
-                if operand.wanted:
-                    receive = partial(self._receive, number)
-                    tensors[number] = tapped(tensors[number], self.origin, receive)  # as in the engine
-            meter.reset_peak()
-            self.kernels.clear()
-            results = self._results(tensors)
-            forward_kernels = tuple(self.kernels)
-            self.kernels.clear()
-            recompute = meter.peak_bytes - meter.live_bytes
-            views, sizes = _memory(list(tensors.values()), results)
-            gaps = tuple(isinstance(r, Tensor) and not is_dense(r.shape, r.stride()) for r in results)
-            root = self._root(results)
+        forward = self._forward(tensors)
+        meter.reset_peak()
+        self.kernels.clear()
+        results = self._differentiable(tensors)
+        forward_kernels = tuple(self.kernels)
+        self.kernels.clear()
+        recompute = meter.peak_bytes - meter.live_bytes
+        views, sizes = _memory(list(tensors.values()), results)
+        gaps = tuple(isinstance(r, Tensor) and not is_dense(r.shape, r.stride()) for r in results)
+        kinds = self._kinds(results)
+        root = None if self.saved is not None else self._root(results, kinds)
         saved_results = [k for k in range(len(results)) if self._stays(results, k) and sizes[k]]
         numbers, held = list(tensors), list(tensors.values())
         tensors.clear()
         stays = [number for k, number in enumerate(numbers) if self._stays(held, k)]
         extra = meter.live_bytes - sum(sizes[k] for k in saved_results)
         extra -= sum(operands[number].bytes for number in stays)
-        backward, gradients, passed_on = self._backward(root)
+        backward, gradients, passed_on = self._backward(root, kinds)
         return Trial(
             tuple(None if view is None else numbers[view] for view in views),
             tuple(number for number in stays if operands[number].counted),
@@ -265,12 +286,61 @@ class _Attempt:
         results = self.call(tensors)
         return list(results) if isinstance(results, (list, tuple)) else [results]
 
-    def _root(self, results: Sequence[Any]) -> Tensor | None:
+    def _forward(self, tensors: Mapping[int, Tensor]) -> int:
+        """Bytes without autograd. The copies that autocast makes of weights are kept, and not of this call: they are
+        made in a call before.
+        """
+        weights = [tensors[number] for number, operand in self.operands.items() if not operand.counted]
+        weights = [tensor for tensor in weights if self.autocast is not None and tensor.is_floating_point()]
+        with torch.no_grad(), nullcontext() if self.autocast is None else _keeping_copies(self.autocast):
+            for tensor in weights:
+                tensor.requires_grad_()
+            if weights:
+                self._results(tensors)
+            self.meter.reset_peak()
+            self.kernels.clear()
+            results = self._results(tensors)
+            forward = self.meter.peak_bytes - self.meter.live_bytes
+            del results
+            for tensor in weights:
+                tensor.requires_grad_(False)
+        return forward
+
+    def _differentiable(self, tensors: dict[int, Tensor]) -> list[Any]:
+        """The results, and what their gradients need: by the formula, if it applies, or by autograd."""
+        if self.recorded is not None:
+            with torch.no_grad():
+                made = self.recorded.forward(tensors)
+            if made is not None:
+                result, self.saved = made
+                return list(result) if isinstance(result, (list, tuple)) else [result]
+        with torch.enable_grad():
+            for number, operand in self.operands.items():
+                if operand.wanted:
+                    receive = partial(self._receive, number)
+                    tensors[number] = tapped(tensors[number], self.origin, receive)  # as in the engine
+            return self._results(tensors)
+
+    def _kinds(self, results: Sequence[Any]) -> dict[int, _Kind]:
+        """Of each result that has a gradient: what that is like."""
+        return {
+            number: _Kind(
+                tuple(result.shape),
+                dense_strides(result.shape, result.stride() if self.by_format else None),
+                result.dtype,
+                result.device,
+            )
+            for number, result in enumerate(results)
+            if isinstance(result, Tensor)
+            and (result.requires_grad if self.saved is None else result.is_floating_point() or result.is_complex())
+        }
+
+    def _root(self, results: Sequence[Any], kinds: Mapping[int, _Kind]) -> Tensor | None:
         """A number whose gradient makes those of the results."""
-        numbers = [k for k, r in enumerate(results) if isinstance(r, Tensor) and r.requires_grad]
-        if not numbers:
+        if not kinds:
             return None
-        root: Tensor = _Source.apply(self.given, numbers, self.by_format, *(results[k] for k in numbers))  # type: ignore[no-untyped-call]
+        with torch.enable_grad():
+            root: Tensor = _Source.apply(self.given, kinds, *(results[k] for k in kinds))  # type: ignore[no-untyped-call]
         return root
 
     def _stays(self, tensors: list[Any], number: int) -> bool:
@@ -285,13 +355,22 @@ class _Attempt:
         else:
             self.whole += gradient.untyped_storage().nbytes()  # the engine adds it to a sum and drops it
 
-    def _backward(self, root: Tensor | None) -> tuple[float, dict[int, float], dict[int, int]]:
+    def _backward(
+        self, root: Tensor | None, kinds: Mapping[int, _Kind]
+    ) -> tuple[float, dict[int, float], dict[int, int]]:
         """Bytes at the peak; bytes of the gradients of the counted inputs, and whose memory they have."""
-        if root is None:
+        if not kinds or not any(operand.wanted for operand in self.operands.values()):
             return 0.0, {}, {}
         self.meter.reset_peak()
         before = self.meter.live_bytes
-        torch.autograd.grad([root], [self.origin], allow_unused=True)
+        if root is not None:
+            torch.autograd.grad([root], [self.origin], allow_unused=True)
+        else:
+            assert self.recorded is not None and self.saved is not None
+            with torch.no_grad():
+                for number, gradient in self.recorded.backward(self.saved, _gradients(self.given, kinds)):
+                    self._receive(number, gradient)
+            self.saved = None
         peak = self.meter.peak_bytes - before - sum(given.nbytes for given in self.given)
         gradients: dict[int, float] = {}
         passed_on: dict[int, int] = {}

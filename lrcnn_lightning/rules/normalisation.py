@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lrcnn_lightning.graph import CUMULATIVE, Node, Ref
 from lrcnn_lightning.rules.expansion import Builder, expands
+from lrcnn_lightning.rules.formula import Formula, Saved
 from lrcnn_lightning.rules.moments import moments
 from lrcnn_lightning.rules.pointwise import AlongRows, cut_whole
 from lrcnn_lightning.rules.precision import as_read_by
@@ -81,8 +82,7 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, centre: Tensor, ones: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         ctx.save_for_backward(x, centre, ones, scale)
-        x = _with_plain_strides(x)
-        return torch.batch_norm(x, scale, shift, centre, ones, False, 0.0, 0.0, torch.backends.cudnn.enabled)
+        return _normalised(x, centre, ones, scale, shift)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
@@ -91,14 +91,28 @@ class _Normalise(torch.autograd.Function):
         if torch.is_grad_enabled():
             results = _differentiable_gradients(gradient, x, centre, scale)
         else:
-            find = _gradients_on_cpu if x.device.type == "cpu" else _gradients_on_gpu
-            results = find(_with_plain_strides(gradient), _with_plain_strides(x), centre, ones, scale, wanted)
+            results = _gradients(gradient, x, centre, ones, scale, wanted)
         for_x, for_scale, for_shift = (r if asked else None for r, asked in zip(results, wanted, strict=True))
         return for_x, None, None, for_scale, for_shift
 
 
 _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Those of the input, of the scale and of the shift, as far as they are wanted."""
+
+
+def _normalised(x: Tensor, centre: Tensor, ones: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    x = _with_plain_strides(x)
+    return torch.batch_norm(x, scale, shift, centre, ones, False, 0.0, 0.0, torch.backends.cudnn.enabled)
+
+
+def _gradients(
+    gradient: Tensor, x: Tensor, centre: Tensor, ones: Tensor, scale: Tensor, wanted: tuple[bool, bool, bool]
+) -> _Gradients:
+    find = _gradients_on_cpu if x.device.type == "cpu" else _gradients_on_gpu
+    for_x, for_scale, for_shift = find(
+        _with_plain_strides(gradient), _with_plain_strides(x), centre, ones, scale, wanted
+    )
+    return for_x if wanted[0] else None, for_scale if wanted[1] else None, for_shift if wanted[2] else None
 
 
 def _differentiable_gradients(gradient: Tensor, x: Tensor, centre: Tensor, scale: Tensor) -> _Gradients:
@@ -181,6 +195,34 @@ class Normalise(RowRule):
             vectors = [cut_whole(vector, 2, 0, self.samples, tile.batch) for vector in vectors]
         centre, ones, scale, shift = vectors
         return _normalise(x, centre, ones, scale, shift, written)
+
+    def formula(self, tile: Tile, wanted: Sequence[Any]) -> Formula | None:
+        return _NormaliseFormula(bool(wanted[0]), bool(wanted[3]), bool(wanted[4]))
+
+
+@dataclass(frozen=True)
+class _NormaliseFormula(Formula):
+    """That of `_Normalise`, for channels of all samples."""
+
+    wants_x: bool
+    wants_scale: bool
+    wants_shift: bool
+
+    def applies(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        x, centre, *_, written = args
+        return centre.dim() == 1 and (written is None or as_read_by(written, x) is x)
+
+    def forward(self, args: Sequence[Any], kwargs: dict[str, Any], hollow: bool = False) -> tuple[Any, Saved]:
+        x, centre, ones, scale, shift, _ = args
+        return _normalised(x, centre, ones, scale, shift), (x, centre, ones, scale)
+
+    def backward(self, saved: Saved, gradients: list[Tensor | None]) -> Sequence[Any]:
+        x, centre, ones, scale = saved
+        gradient = gradients.pop()
+        assert gradient is not None
+        wanted = (self.wants_x, self.wants_scale, self.wants_shift)
+        for_x, for_scale, for_shift = _gradients(gradient, x, centre, ones, scale, wanted)
+        return for_x, None, None, for_scale, for_shift, None
 
 
 @register("normalisation", normalise)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrcnn_lightning.rules.formula import Formula, Saved
 from lrcnn_lightning.rules.pointwise import AlongRows, cut_whole
 from lrcnn_lightning.rules.rule import Axes, Interval, RowRule, Scope, Tile, register
 
@@ -40,6 +41,42 @@ class Concatenate(RowRule):
             members.append(member)
         result: Tensor = self.operation(members, self.dimension)
         return result
+
+    def formula(self, tile: Tile, wanted: Sequence[Any]) -> Formula | None:
+        return (
+            _PartsFormula(self.dimension, tuple(map(bool, wanted[0]))) if self.operation is aten.cat.default else None
+        )
+
+
+@dataclass(frozen=True)
+class _PartsFormula(Formula):
+    """The gradients of what is joined are parts of that of the result."""
+
+    dimension: int
+    wanted: tuple[bool, ...]
+
+    def applies(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        first, *others = args[0]
+        apart = [list(member.shape) for member in args[0]]
+        for sizes in apart:
+            if len(sizes) != first.dim():
+                return False
+            sizes[self.dimension] = 0
+        return all(sizes == apart[0] for sizes in apart) and all(other.dtype == first.dtype for other in others)
+
+    def forward(self, args: Sequence[Any], kwargs: dict[str, Any], hollow: bool = False) -> tuple[Any, Saved]:
+        sizes = [member.shape[self.dimension] for member in args[0]]
+        return torch.cat(args[0], self.dimension), tuple(sizes)
+
+    def backward(self, saved: Saved, gradients: list[Tensor | None]) -> Sequence[Any]:
+        gradient = gradients.pop()
+        assert gradient is not None
+        parts: list[Tensor | None] = []
+        start = 0
+        for size, wanted in zip(saved, self.wanted, strict=True):
+            parts.append(gradient.narrow(self.dimension, start, size) if wanted else None)
+            start += size
+        return (parts,)
 
 
 @register("shape", aten.cat.default, aten.stack.default)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lrcnn_lightning.graph import references
-from lrcnn_lightning.rules.hollow import hollow_linear
+from lrcnn_lightning.rules.formula import Formula, Saved, autocast_dtype
 from lrcnn_lightning.rules.rule import Axes, Interval, RowRule, Scope, Tile, register
 
 __all__ = ["AlongRows", "Linear", "Pointwise", "cut_whole"]
@@ -58,6 +58,44 @@ class Pointwise(RowRule):
             return super().prepare(tile)
         operation = self.operation
         return lambda args, kwargs: operation(*args, **kwargs)
+
+    def formula(self, tile: Tile, wanted: Sequence[Any]) -> Formula | None:
+        if self.operation is aten.relu.default:
+            return _ReluFormula()
+        if self.operation is aten.add.Tensor and not self.whole:
+            return _SumFormula(tuple(map(bool, wanted)))
+        return None
+
+
+class _ReluFormula(Formula):
+    """From the result."""
+
+    def forward(self, args: Sequence[Any], kwargs: dict[str, Any], hollow: bool = False) -> tuple[Any, Saved]:
+        result = aten.relu.default(args[0])
+        return result, (result,)
+
+    def backward(self, saved: Saved, gradients: list[Tensor | None]) -> Sequence[Any]:
+        (result,) = saved
+        return (aten.threshold_backward.default(gradients.pop(), result, 0),)
+
+
+@dataclass(frozen=True)
+class _SumFormula(Formula):
+    """The gradient of the sum of two maps of one shape, as it is."""
+
+    wanted: tuple[bool, ...]
+
+    def applies(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        if kwargs or not all(isinstance(operand, Tensor) for operand in args):
+            return False
+        first, second = args
+        return bool(first.shape == second.shape and first.dtype == second.dtype)
+
+    def forward(self, args: Sequence[Any], kwargs: dict[str, Any], hollow: bool = False) -> tuple[Any, Saved]:
+        return aten.add.Tensor(*args), ()
+
+    def backward(self, saved: Saved, gradients: list[Tensor | None]) -> Sequence[Any]:
+        return [gradients[0] if wanted else None for wanted in self.wanted]
 
 
 @register("pointwise", "pointwise")
@@ -173,9 +211,37 @@ def along_a_dimension(scope: Scope) -> RowRule | None:
 class Linear(AlongRows):
     """``linear``: a matrix product along the last dimension."""
 
-    def hollow(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor | None:
-        bias = args[2] if len(args) > 2 else kwargs.get("bias")
-        return hollow_linear(args[0], args[1], bias)
+    @property
+    def hollow(self) -> bool:
+        return True
+
+    def formula(self, tile: Tile, wanted: Sequence[Any]) -> Formula | None:
+        return _LinearFormula(tuple(map(bool, wanted)))
+
+
+@dataclass(frozen=True)
+class _LinearFormula(Formula):
+    """Two matrix products, and a sum for the bias."""
+
+    wanted: tuple[bool, ...]
+
+    def forward(self, args: Sequence[Any], kwargs: dict[str, Any], hollow: bool = False) -> tuple[Any, Saved]:
+        given, weight, bias = args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias")
+        dtype = autocast_dtype(given)
+        slab, weight = given.to(dtype), weight.to(dtype)
+        result = None if hollow else torch.nn.functional.linear(slab, weight, None if bias is None else bias.to(dtype))
+        return result, (slab, weight, given.dtype)
+
+    def backward(self, saved: Saved, gradients: list[Tensor | None]) -> Sequence[Any]:
+        slab, weight, dtype = saved
+        gradient = gradients.pop()
+        assert gradient is not None
+        wanted = (*self.wanted, False, False)
+        gradient = gradient.to(slab.dtype)
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        for_slab = (gradient @ weight).to(dtype) if wanted[0] else None
+        for_weight = rows.t() @ slab.reshape(-1, slab.shape[-1]) if wanted[1] else None
+        return for_slab, for_weight, rows.sum(0) if wanted[2] else None
 
 
 @register("contraction", aten.linear.default)

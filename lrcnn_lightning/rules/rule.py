@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from lrcnn_lightning.graph import CustomFunction, Node, Ref, Value, is_elementwise, references
+from lrcnn_lightning.rules.formula import Formula
 
 __all__ = [
     "Axes",
@@ -162,12 +163,17 @@ class RowRule(ABC):
         """`run` for one tile, called at every step: what depends on the tile alone may be found out here, once."""
         return partial(self.run, tile=tile)
 
-    def hollow(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Any | None:
-        """A stand-in for the output whose values are never read, but whose gradient is that of the operation.
+    def formula(self, tile: Tile, wanted: Sequence[Any]) -> Formula | None:
+        """The gradient by a formula, or None where autograd makes it.
 
-        ``None`` where the backward formula needs the forward result, or where nothing is saved by leaving it out.
+        ``wanted`` is nested as the arguments are, and says of which the gradient is wanted.
         """
         return None
+
+    @property
+    def hollow(self) -> bool:
+        """Whether the gradient is by a formula that does not depend on the result."""
+        return False
 
 
 class Reduction(ABC):

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lrcnn_lightning.graph.lines import lines
-from lrcnn_lightning.rules.hollow import hollow_convolution
+from lrcnn_lightning.rules.formula import Formula, Saved, autocast_dtype
 from lrcnn_lightning.rules.rule import Axes, Interval, RowRule, Scope, Tile, register
 
 __all__ = ["AveragePool", "Convolution", "MaxPool", "WindowGeometry", "pad_rows", "spatial_tuple"]
@@ -140,15 +140,59 @@ class Convolution(RowRule):
 
         return call
 
-    def hollow(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor | None:
-        if args[0].dim() != len(self.stride) + 2:
+    @property
+    def hollow(self) -> bool:
+        return self.axis - self.position == 2  # N C *
+
+    def formula(self, tile: Tile, wanted: Sequence[Any]) -> Formula | None:
+        if not self.hollow:
             return None
-        explicit, skipped, (stride, padding, dilation, groups) = self._placed(tile)
-        slab, weight, bias = _operands(args, kwargs)
-        for padded in explicit:
+        explicit, skipped, rest = self._placed(tile)
+        return _ConvolutionFormula(self.axis, tile.rows.length, explicit, skipped, rest, tuple(map(bool, wanted[:3])))
+
+
+@dataclass(frozen=True)
+class _ConvolutionFormula(Formula):
+    """``convolution_backward``, on what was padded."""
+
+    axis: int
+    rows: int
+    explicit: list[tuple[int, int, int]]
+    skipped: int
+    rest: tuple[Any, ...]
+    wanted: tuple[bool, ...]
+
+    def forward(self, args: Sequence[Any], kwargs: dict[str, Any], hollow: bool = False) -> tuple[Any, Saved]:
+        given, weight, bias = _operands(args, kwargs)
+        dtype, operation = autocast_dtype(given), (torch.conv1d, torch.conv2d, torch.conv3d)[given.dim() - 3]
+        slab, weight = given.to(dtype), weight.to(dtype)
+        for padded in self.explicit:
             slab = pad_rows(slab, *padded)
-        result = hollow_convolution(slab, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
-        return _wanted(result, self.axis, skipped, tile)
+        result = None
+        if not hollow:
+            result = operation(slab, weight, None if bias is None else bias.to(dtype), *self.rest)
+            if result.shape[self.axis] != self.rows:
+                result = result.narrow(self.axis, self.skipped, self.rows)
+        return result, (slab, weight, given.dtype, None if bias is None else list(bias.shape))
+
+    def backward(self, saved: Saved, gradients: list[Tensor | None]) -> Sequence[Any]:
+        slab, weight, dtype, bias = saved
+        gradient = gradients.pop()
+        assert gradient is not None
+        stride, padding, dilation, groups = self.rest
+        place = self.axis - 2
+        span = dilation[place] * (weight.shape[self.axis] - 1)
+        length = (slab.shape[self.axis] + 2 * padding[place] - span - 1) // stride[place] + 1
+        if length != self.rows:
+            gradient = pad_rows(gradient, self.axis, self.skipped, length - self.rows - self.skipped)
+        mask = [*self.wanted, *[False] * (3 - len(self.wanted))]
+        call = (bias, stride, padding, dilation, False, [0] * len(stride), groups, mask)
+        for_slab, *others = aten.convolution_backward.default(gradient.to(slab.dtype), slab, weight, *call)
+        if for_slab is not None:
+            for axis, before, after in reversed(self.explicit):
+                for_slab = pad_rows(for_slab, axis, -before, -after)
+            for_slab = for_slab.to(dtype)
+        return for_slab, *others
 
 
 def _operands(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -240,6 +284,18 @@ class MaxPool(RowRule):
 
         return padded
 
+    def formula(self, tile: Tile, wanted: Sequence[Any]) -> Formula | None:
+        dimensions = len(self.kernel)
+        if self.indices or dimensions == 1:
+            return None
+        symmetric = self.geometry.symmetric(tile.rows)
+        missing = (0, 0)
+        if symmetric is None or symmetric[0] > self.geometry.kernel // 2:
+            missing, symmetric = self.geometry.missing(tile.rows), (0, 0)
+        padding = _without(self.padding, self.position, symmetric[0])
+        call = (list(self.kernel), list(self.stride), padding, list(self.dilation), self.ceil_mode)
+        return _MaxPoolFormula(self.axis, tile.rows.length, missing, symmetric[1], dimensions, call)
+
     def _global_indices(self, local: Tensor, slab: Tensor, start: int) -> Tensor:
         """Flat positions within the padded slab -> flat positions within the map."""
         sizes = list(slab.shape[-len(self.kernel) :])
@@ -251,6 +307,42 @@ class MaxPool(RowRule):
             result = result + (coordinate + start if i == self.position else coordinate) * place
             place *= full[i]
         return result
+
+
+@dataclass(frozen=True)
+class _MaxPoolFormula(Formula):
+    """From the places of the maxima, in what was padded."""
+
+    axis: int
+    rows: int
+    missing: tuple[int, int]
+    skipped: int
+    dimensions: int
+    call: tuple[Any, ...]
+
+    def applies(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        return bool(args[0].is_floating_point())
+
+    def forward(self, args: Sequence[Any], kwargs: dict[str, Any], hollow: bool = False) -> tuple[Any, Saved]:
+        slab = pad_rows(args[0], self.axis, *self.missing, float("-inf"))
+        pool = aten.max_pool2d_with_indices if self.dimensions == 2 else aten.max_pool3d_with_indices
+        result, places = pool.default(slab, *self.call)
+        length = result.shape[self.axis]
+        if length != self.rows:
+            result = result.narrow(self.axis, self.skipped, self.rows)
+        return result, (slab, places, length)
+
+    def backward(self, saved: Saved, gradients: list[Tensor | None]) -> Sequence[Any]:
+        slab, places, length = saved
+        gradient = gradients.pop()
+        assert gradient is not None
+        if length != self.rows:
+            gradient = pad_rows(gradient, self.axis, self.skipped, length - self.rows - self.skipped)
+        two = self.dimensions == 2
+        back = aten.max_pool2d_with_indices_backward if two else aten.max_pool3d_with_indices_backward
+        for_slab = back.default(gradient, slab, *self.call, places)
+        above, below = self.missing
+        return (pad_rows(for_slab, self.axis, -above, -below),)
 
 
 @register("pooling", aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
