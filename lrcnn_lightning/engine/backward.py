@@ -128,6 +128,8 @@ class _BackwardRow:
         for position in run.injections:
             self.injections.setdefault(self.graph.nodes[position].inputs[0], []).append(position)
         self.slab_gradients = SlabGradients()
+        self.lent: dict[int, int | None] = {}
+        """Maps whose gradient is that of a slab, which others of this row may use; its memory, if it is of this row."""
 
     def differentiate(
         self, calls: tuple[SlabCall, ...], carried: dict[int, Tensor], from_below: dict[int, Tensor]
@@ -140,6 +142,7 @@ class _BackwardRow:
             with as_now(self.store, self.later):
                 while recorded:
                     self._back(recorded.pop(), from_below, handed_up)
+        self._own_maps()
         return handed_up
 
     # ---------------------------------------------------------------- computing again
@@ -229,9 +232,18 @@ class _BackwardRow:
             if sink.tile is None:
                 slabs.add(sink.value, gradient, sink.part)
             else:
-                self.gradients.add_tile(sink.value, gradient, sink.tile, slabs.is_alone(gradient))
+                alone = slabs.is_alone(gradient)
+                if self.gradients.add_tile(sink.value, gradient, sink.tile, alone) and not alone:
+                    self.lent[sink.value] = slabs.memory_here(gradient)
             if call.fresh:
                 slabs.let_go(gradient)
+
+    def _own_maps(self) -> None:
+        """Nothing of the row is left: the gradients of slabs that have become those of maps are theirs alone."""
+        memories = list(self.lent.values())
+        for value, memory in self.lent.items():
+            if memory is not None and memories.count(memory) == 1:
+                self.gradients.own(value)
 
     def _axis(self, value: int) -> int:
         axis = self.graph.axes[value].row
@@ -280,7 +292,7 @@ class _BackwardRow:
                 if sink.slab or sink.tile is not None:
                     made.append((sink, gradient))
                 else:
-                    self.gradients.add(sink.value, gradient, more=True)
+                    self.gradients.add(sink.value, gradient, more=True, alone=True)
             return made
         pairs = [(e, g) for e, g in zip(recorded.edges, gradients, strict=True) if e is not None and g is not None]
         recorded.edges = ()

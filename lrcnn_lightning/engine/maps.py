@@ -155,9 +155,9 @@ def _duplicate(full: Tensor, axes: Axes) -> Tensor:
     return copy
 
 
-def _is_part(tensor: Tensor) -> bool:
-    """Whether it is a view of something larger."""
-    return tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+def _is_all(tensor: Tensor) -> bool:
+    """Whether it is all of its memory: no view of something larger, and nothing that is expanded."""
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
 class Gradients:
@@ -205,7 +205,7 @@ class Gradients:
         if present is None:
             if gradient.dtype in (torch.float16, torch.bfloat16) and self._axes_of(value).row is None:
                 self._tensors[value] = gradient.float()
-            elif (more and not alone) or _is_part(gradient):
+            elif (more and not alone) or not _is_all(gradient):
                 self._tensors[value] = gradient.clone()
             else:
                 self._tensors[value] = gradient
@@ -217,24 +217,32 @@ class Gradients:
         else:
             present.add_(gradient)
 
-    def add_tile(self, value: int, gradient: Tensor, tile: Tile, alone: bool = False) -> None:
-        """Add the gradient of the part of a map that lies in ``tile``; ``alone``: nobody else has its memory."""
+    def own(self, value: int) -> None:
+        """Nobody else has the gradient any more."""
+        self._borrowed.discard(value)
+
+    def add_tile(self, value: int, gradient: Tensor, tile: Tile, alone: bool = False) -> bool:
+        """Add the gradient of the part of a map that lies in ``tile``; ``alone``: nobody else has its memory.
+
+        Returns whether it has become that of the map.
+        """
         shape, axes = self._shape_of(value), self._axes_of(value)
         if tuple(gradient.shape) == shape:
             self.add(value, gradient, alone=alone)
-            return
+            return self._tensors[value] is gradient
         present = self._tensors.get(value)
         if present is None:
             present = self._tensors[value] = _new_map(shape, gradient)
             self._filling[value] = _Filling(present, axes)
         if value in self._filling:
             self._filling[value].add(gradient, tile)
-            return
+            return False
         if value in self._borrowed:
             present = _duplicate(present, axes)
             self._tensors[value] = present
             self._borrowed.discard(value)
         cut(present, axes, tile).add_(gradient)
+        return False
 
     def _finish(self, value: int) -> None:
         filling = self._filling.pop(value, None)

@@ -44,6 +44,11 @@ class SlabGradients:
         """Whether its memory has one user."""
         return self._users.get(_memory(gradient)) == 1
 
+    def memory_here(self, gradient: Tensor) -> int | None:
+        """The memory of a gradient, if it was made for this row."""
+        memory = _memory(gradient)
+        return memory if memory in self._users else None
+
     def add(self, value: int, gradient: Tensor, part: Part | None, elsewhere: bool = False) -> None:
         """Add the gradient of a slab, or of a part of it; ``elsewhere``: its memory is not of this row."""
         if elsewhere:

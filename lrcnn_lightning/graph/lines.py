@@ -16,6 +16,8 @@ def lines(tensor: Tensor, axis: int, start: int, length: int) -> Tensor:
     Its gradient comes in zeros of the tensor's size, and those that ATen makes are contiguous. Where the tensor is in
     another format (channels last), all gradients behind it would be converted, by cuDNN in every call.
     """
+    if length == tensor.shape[axis]:
+        return tensor
     if not tensor.requires_grad or not torch.is_grad_enabled() or tensor.is_contiguous():
         return tensor.narrow(axis, start, length)
     result: Tensor = _Lines.apply(tensor, axis, start, length)  # type: ignore[no-untyped-call]

@@ -8,7 +8,7 @@ from lrcnn_lightning.graph import CustomFunction
 from lrcnn_lightning.planning.footprint import Footprint, Footprints
 from lrcnn_lightning.planning.loop import BackwardPass
 from lrcnn_lightning.planning.memory import Memory
-from lrcnn_lightning.planning.retained import bytes_of, sum_bytes
+from lrcnn_lightning.planning.retained import bytes_of, is_half, sum_bytes
 from lrcnn_lightning.planning.row import SimulatedRow
 from lrcnn_lightning.rules import RowGraph, RowRule
 
@@ -30,6 +30,8 @@ class BackwardRow(SimulatedRow):
         self.found: dict[int, Footprint] = {}
         self.held: dict[int, list[Any]] = {}
         """What autograd saved for a node: buffers."""
+        self.lent: dict[int, tuple[Any, ...] | None] = {}
+        """Maps whose gradient is that of a slab, which others of this row may use: its memory."""
         self.sliced: set[int] = set()
         """Values whose slab gradient is a slice of a gradient map, or of what the loss has handed down."""
 
@@ -43,6 +45,10 @@ class BackwardRow(SimulatedRow):
             if position in self.run.differentiated:
                 self._back(position, from_below, handed)
         self.buffers.drop_all()
+        memories = list(self.lent.values())
+        for value, memory in self.lent.items():
+            if memory is not None and memories.count(memory) == 1:
+                self.memory.free(("lent", value))
         return handed
 
     # ---------------------------------------------------------------- computing again
@@ -109,11 +115,9 @@ class BackwardRow(SimulatedRow):
         received: list[int] = []
         footprint = self.found.get(position)
         if footprint is not None:
-            for value in node.inputs:
-                if value in self.run.wholes and (size := sum_bytes(graph, value)):
-                    self.memory.allocate(("gradient", value), size)
+            whole = 0.0 if self._begin_sums(position) else footprint.whole
             copies = self._copies_backward(position) if footprint.copies[1] else 0.0
-            self.memory.touch(share * footprint.backward + footprint.whole + copies)
+            self.memory.touch(share * footprint.backward + whole + copies)
             for value, size in footprint.gradients.items():
                 if value in self.run.maps or graph.producer.get(value) in self.run.differentiated:
                     received.append(value)
@@ -128,6 +132,15 @@ class BackwardRow(SimulatedRow):
             buffers.drop(("slab gradient", value))
         for value in received:
             self._receive(position, value)
+
+    def _begin_sums(self, position: int) -> bool:
+        """The sums of the gradients of the whole inputs of a node; whether its gradients become these."""
+        graph, node = self.graph, self.graph.nodes[position]
+        wholes = [value for value in node.inputs if value in self.run.wholes]
+        first = all(("gradient", value) not in self.memory for value in wholes)
+        for value in wholes:
+            self.memory.allocate(("gradient", value), sum_bytes(graph, value))
+        return first and self.found[position].by_formula and not any(is_half(graph, value) for value in wholes)
 
     def _is_loose(self, position: int, value: int, size: float) -> bool:
         """Whether elements of the gradient of an input of a node share memory, or others may have it."""
@@ -185,17 +198,31 @@ class BackwardRow(SimulatedRow):
             span = self.row.spans[graph.producer[value]]
             self._add(value, needed == span.hi - span.lo, made)
         elif ("gradient", value) not in self.memory:
-            self._begin_map(value, bytes_of(graph, value, needed, self.samples), buffers.memory_of(made))
+            self._begin_map(value, bytes_of(graph, value, needed, self.samples), made)
+        elif ("lent", value) in self.memory:
+            self._duplicate(value)
         buffers.drop(made)
 
-    def _begin_map(self, value: int, size: float, memory: tuple[Any, ...] | None) -> None:
+    def _begin_map(self, value: int, size: float, made: tuple[Any, ...]) -> None:
         """The first gradient of a source map, of ``size`` bytes: it becomes that of the map, if it is one of all of it
-        and not a part of something larger.
+        and not a part of something larger. It may be that of others, too.
         """
-        full = self.graph.values[value].bytes
+        full, memory = self.graph.values[value].bytes, self.buffers.memory_of(made)
+        self.memory.free(("lent", value))
         if size < full or (memory is not None and self.memory.size(memory) > self.memory.machine.rounded(full)):
             self.memory.allocate(("gradient", value), full)
-        elif memory is None:  # that of another map
+            return
+        if not self.buffers.is_alone(made):
+            self.memory.allocate(("lent", value), 0)
+            self.lent[value] = memory
+        if memory is None:  # that of another map
             self.memory.allocate(("gradient", value), 0)
         else:
             self.memory.share(("gradient", value), memory)
+
+    def _duplicate(self, value: int) -> None:
+        """What others have, too, is copied before anything is added to it."""
+        self.memory.allocate(("duplicate", value), self.graph.values[value].bytes)
+        self.memory.free(("gradient", value))
+        self.memory.rename(("duplicate", value), ("gradient", value))
+        self.memory.free(("lent", value))

@@ -71,6 +71,8 @@ class Footprint(NamedTuple):
     """Whether kernels make dense copies of what has gaps first, forward and backward (`workspace`)."""
     gaps: tuple[bool, ...] = ()
     """Whether each result has gaps, being a part of a larger tensor."""
+    by_formula: bool = False
+    """Whether the gradients are those of a formula, which nobody else has."""
 
 
 class ReductionFootprint(NamedTuple):
@@ -401,6 +403,7 @@ class Footprints:
             trial.results[: len(outputs)],
             {inputs[number]: size for number, size in trial.gradients.items()},
             trial.largest,
+            by_formula=trial.by_formula,
         )
 
     def _bytes(self, index: int, rows: Interval | None) -> float:

@@ -7,7 +7,7 @@ import torch
 from lrcnn_lightning.graph import Node
 from lrcnn_lightning.rules import RowGraph
 
-__all__ = ["VIEWS", "bytes_of", "is_parameter", "passes_gradient_on", "sum_bytes"]
+__all__ = ["VIEWS", "bytes_of", "is_half", "is_parameter", "passes_gradient_on", "sum_bytes"]
 
 aten = torch.ops.aten
 
@@ -42,13 +42,18 @@ def is_parameter(graph: RowGraph, value: int) -> bool:
     return graph.values[value].kind.value in ("parameter", "buffer")
 
 
+def is_half(graph: RowGraph, value: int) -> bool:
+    """Whether a value is in half precision, whose gradients are summed in another tensor."""
+    return graph.values[value].dtype in (torch.float16, torch.bfloat16)
+
+
 def sum_bytes(graph: RowGraph, value: int) -> float:
     """Bytes of activation memory where the gradient of a whole value is summed, which is done in float32 or better.
 
     What becomes the gradient of a parameter is none; but that of a parameter in half precision is made of the sum.
     """
     info = graph.values[value]
-    if info.dtype in (torch.float16, torch.bfloat16):
+    if is_half(graph, value):
         return 2.0 * info.bytes
     return 0.0 if is_parameter(graph, value) else float(info.bytes)
 

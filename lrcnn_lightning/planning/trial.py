@@ -83,6 +83,8 @@ class Trial(NamedTuple):
     """The calls whose kernels may take memory for themselves, forward and backward."""
     gaps: tuple[bool, ...] = ()
     """Whether each result is a part of a larger tensor, with gaps between its elements."""
+    by_formula: bool = False
+    """Whether the gradients are those of a formula."""
 
 
 _SCALARS = 64  # bytes of the root, and of what single numbers an operation makes
@@ -255,6 +257,7 @@ class _Attempt:
         kinds = self._kinds(results)
         root = None if self.saved is not None else self._root(results, kinds)
         saved_results = [k for k in range(len(results)) if self._stays(results, k) and sizes[k]]
+        by_formula = self.saved is not None
         numbers, held = list(tensors), list(tensors.values())
         tensors.clear()
         stays = [number for k, number in enumerate(numbers) if self._stays(held, k)]
@@ -276,6 +279,7 @@ class _Attempt:
             self._largest(),
             (forward_kernels, tuple(self.kernels)),
             gaps,
+            by_formula,
         )
 
     def _largest(self) -> float:

@@ -81,7 +81,8 @@ class Wholes:
             footprint = self.footprints.whole(position)
             results = float(sum(footprint.results)) if again else 0.0
             passing = max(footprint.recompute, footprint.backward + footprint.whole) + footprint.extra
-            memory.touch(results + passing if again else footprint.backward + footprint.whole)
+            whole = 0.0 if self._are_final(position) else footprint.whole
+            memory.touch(results + passing if again else footprint.backward + whole)
             received = [value for value in node.inputs if value in self.differentiable]
             for value in received:
                 self._make_gradient(value, footprint)
@@ -97,6 +98,17 @@ class Wholes:
         if not again:
             for output in node.outputs:
                 memory.free(("gradient", output))
+
+    def _are_final(self, position: int) -> bool:
+        """Whether the gradients of whole inputs of a node are those of parameters, with nothing added to them: these
+        are no activation memory.
+        """
+        graph = self.graph
+        wholes = [index for index in graph.nodes[position].inputs if not graph.is_map(index)]
+        wholes = [
+            index for index in wholes if index in self.differentiable and graph.values[index].kind.value != "computed"
+        ]
+        return all(is_parameter(graph, index) and len(graph.readers[index]) == 1 for index in wholes)
 
     def _make_gradient(self, value: int, footprint: Footprint) -> None:
         """The gradient of an input comes, under the key ``("made", value)``."""

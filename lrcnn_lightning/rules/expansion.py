@@ -38,12 +38,20 @@ class Builder:
 
     def __init__(self, graph: Graph, axes: Mapping[int, Axes]) -> None:
         self.axes = axes
+        self._graph = graph
         self.values = list(graph.values)
         self.nodes: list[Node] = []
 
     def row(self, ref: Ref) -> int | None:
         """The row axis of a value, or None."""
         return self.axes.get(ref.index, WHOLE).row
+
+    def only_read_by(self, node: Node, ref: Ref) -> Node | None:
+        """The node that makes a value, if nobody but ``node`` ever sees it."""
+        readers = self._graph.readers().get(ref.index, [])
+        if len(readers) != 1 or self._graph.nodes[readers[0]] is not node or ref.index in self._graph.output_values():
+            return None
+        return next((made for made in reversed(self.nodes) if made.outputs == (ref.index,)), None)
 
     def add(self, node: Node) -> list[Node]:
         """Add a node, or those that stand for it, and return what was added."""

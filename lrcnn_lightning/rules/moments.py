@@ -115,14 +115,22 @@ def _variance_and_mean(x: Tensor, groups: int | None) -> tuple[Tensor, Tensor]:
 
 def _of_channels(x: Tensor) -> tuple[Tensor, Tensor]:
     """``torch.var_mean`` of every channel of ``N C *``, by what is fast on the device and takes no memory there."""
-    if x.device.type == "cpu":
-        return _in_two_passes(wide(x))
-    if x.device.type != "cuda":
+    if x.device.type not in ("cpu", "cuda"):
         return torch.var_mean(wide(x), [0, *range(2, x.dim())], correction=0)
+    if x.device.type == "cpu":
+        x = wide(x)
+        if not _is_channels_last(x):
+            return _in_two_passes(x)
     if x.requires_grad and torch.is_grad_enabled():
         variance, mean = _Kernel.apply(x)  # type: ignore[no-untyped-call]
         return variance, mean
     return _by_kernel(x)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Whether a map lies channels last, without gaps."""
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return layout is not None and x.stride(1) == 1 and x.is_contiguous(memory_format=layout)
 
 
 _PIECE = 2**20
@@ -130,8 +138,9 @@ _PIECE = 2**20
 
 
 def _in_two_passes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``torch.var_mean`` takes one pass, which on the CPU adds one number at a time: two passes with vectorised sums
-    are several times faster. The deviations are made channels by channels, so that no second slab exists.
+    """``torch.var_mean`` takes one pass, which on the CPU adds one number at a time, as the kernel does if channels are
+    apart: two passes with vectorised sums are several times faster. The deviations are made channels by channels, so
+    that no second slab exists.
     """
     dims = [0, *range(2, x.dim())]
     mean = x.mean(dims, keepdim=True)
@@ -147,18 +156,19 @@ def _in_two_passes(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
-    """By the kernel of ATen's batch normalisation: one pass, in which half precision is read as it is.
+    """By the kernel of ATen's batch normalisation: one pass, in which a GPU reads half precision as it is.
 
-    The one of ``torch.var_mean`` takes a buffer of 32 bytes an element where channels lie next to each other (H200,
-    PyTorch 2.11). So would this one of volumes, which it does not know to be channels last, and of slices.
+    The one of ``torch.var_mean`` takes a buffer of 32 bytes an element there where channels lie next to each other
+    (H200, PyTorch 2.11). So would this one of volumes, which it does not know to be channels last, and of slices.
     """
     if x.dim() > 4:
         x = x.flatten(2, -2)
     if x.stride(1) == 1 and not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         x = x.clone()
-    if is_fake(x) or x.is_meta:  # it has no shape rule
-        vectors = torch.empty(2, x.shape[1], dtype=wide(x.new_empty(0)).dtype, device=x.device)
-        return vectors[0], vectors[1]
+    if is_fake(x) or x.is_meta:  # it has no shape rule: what reads as much and makes as much
+        kind = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+        mean = x.sum([0, *range(2, x.dim())], dtype=kind)
+        return torch.empty_like(mean), mean
     mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
     return variance, mean
 

@@ -277,11 +277,11 @@ def _update_statistics(
         unbiased = variance * (count / others)
         for running, now in ((running_mean, mean), (running_variance, unbiased)):
             # In the type of the moments and rounded once, as in ATen: running statistics may be in half precision.
-            before = running.to(now.dtype)
-            if batches is None:
-                running.copy_(before * (1 - momentum) + now * momentum)
+            weight = momentum if batches is None else 1 / batches.to(now.dtype)
+            if running.dtype is now.dtype:
+                running.lerp_(now, weight)
             else:
-                running.copy_(before.lerp(now, 1 / batches.to(now.dtype)))
+                running.copy_(running.to(now.dtype).lerp(now, weight))
 
 
 update_statistics = Operator("update_statistics", _update_statistics, effect=True)

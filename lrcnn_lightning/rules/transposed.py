@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from lrcnn_lightning.graph.lines import lines
+from lrcnn_lightning.rules.formula import Formula, Saved, autocast_dtype
 from lrcnn_lightning.rules.rule import Axes, Interval, RowRule, Scope, Tile, register
-from lrcnn_lightning.rules.window import spatial_tuple
+from lrcnn_lightning.rules.window import pad_rows, spatial_tuple
 
 __all__ = ["TransposedConvolution"]
 
@@ -53,22 +54,78 @@ class TransposedConvolution(RowRule):
         lo = min(max(min(lo, (output.lo + padding) // stride), 0), self.height - 1)
         return Interval(lo, min(max(hi, lo + 1), self.height))
 
-    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
-        slab, weight = args[0], args[1]
-        bias = args[2] if len(args) > 2 else kwargs.get("bias")
+    def _placed(self, tile: Tile) -> tuple[int, list[int], list[int]]:
+        """The first of the rows of the tile in what is computed; padding, and padding of the output."""
         given = self.needed(tile.rows)
         first = given.lo * self.stride[self.position] - self.padding[self.position]
         rows = (given.length - 1) * self.stride[self.position] + self._span + 1
-        beyond = max(0, tile.rows.hi - (first + rows))
         padding, extra = list(self.padding), list(self.output_padding)
-        padding[self.position], extra[self.position] = 0, beyond
-        operation = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)[
-            len(self.stride) - 1
-        ]
-        result: Tensor = operation(
+        padding[self.position], extra[self.position] = 0, max(0, tile.rows.hi - (first + rows))
+        return tile.rows.lo - first, padding, extra
+
+    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
+        slab, weight = args[0], args[1]
+        bias = args[2] if len(args) > 2 else kwargs.get("bias")
+        start, padding, extra = self._placed(tile)
+        result: Tensor = _OPERATIONS[len(self.stride) - 1](
             slab, weight, bias, list(self.stride), padding, extra, self.groups, list(self.dilation)
         )
-        return lines(result, self.axis, tile.rows.lo - first, tile.rows.length)
+        return lines(result, self.axis, start, tile.rows.length)
+
+    @property
+    def hollow(self) -> bool:
+        return self.axis - self.position == 2  # N C *
+
+    def formula(self, tile: Tile, wanted: Sequence[Any]) -> Formula | None:
+        if not self.hollow:
+            return None
+        start, padding, extra = self._placed(tile)
+        call = (list(self.stride), padding, list(self.dilation), True, extra, self.groups)
+        return _TransposedFormula(self.axis, self.kernel, start, tile.rows.length, call, tuple(map(bool, wanted[:3])))
+
+
+_OPERATIONS = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+
+
+@dataclass(frozen=True)
+class _TransposedFormula(Formula):
+    """``convolution_backward``, on all that is computed."""
+
+    axis: int
+    kernel: int
+    start: int
+    rows: int
+    call: tuple[Any, ...]
+    wanted: tuple[bool, ...]
+
+    def forward(self, args: Sequence[Any], kwargs: dict[str, Any], hollow: bool = False) -> tuple[Any, Saved]:
+        given, weight, bias = args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias")
+        dtype = autocast_dtype(given)
+        slab, weight = given.to(dtype), weight.to(dtype)
+        result = None
+        if not hollow:
+            stride, padding, dilation, _, extra, groups = self.call
+            operation = _OPERATIONS[len(stride) - 1]
+            result = operation(
+                slab, weight, bias if bias is None else bias.to(dtype), stride, padding, extra, groups, dilation
+            )
+            result = lines(result, self.axis, self.start, self.rows)
+        sizes = None if bias is None else list(bias.shape)
+        return result, (slab, weight, given.dtype, sizes)
+
+    def backward(self, saved: Saved, gradients: list[Tensor | None]) -> Sequence[Any]:
+        slab, weight, dtype, sizes = saved
+        gradient = gradients.pop()
+        assert gradient is not None
+        stride, _, dilation, _, extra, _ = self.call
+        place = self.axis - 2
+        length = (slab.shape[self.axis] - 1) * stride[place] + dilation[place] * (self.kernel - 1) + 1 + extra[place]
+        gradient = pad_rows(gradient, self.axis, self.start, length - self.rows - self.start)
+        mask = [*self.wanted, *[False] * (3 - len(self.wanted))]
+        arguments = (gradient.to(slab.dtype), slab, weight, sizes, *self.call, mask)
+        del gradient
+        for_slab, *others = aten.convolution_backward.default(*arguments)
+        return for_slab if for_slab is None else for_slab.to(dtype), *others
 
 
 @register(

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lrcnn_lightning.graph import Node
 from lrcnn_lightning.graph.lines import lines
+from lrcnn_lightning.rules.expansion import Builder, expands
 from lrcnn_lightning.rules.formula import Formula, Saved, autocast_dtype
 from lrcnn_lightning.rules.rule import Axes, Interval, RowRule, Scope, Tile, register
 
@@ -371,6 +373,24 @@ def max_pool(scope: Scope) -> RowRule | None:
         indices,
         (axes,) * (2 if indices else 1),
     )
+
+
+@expands(aten.max_pool1d.default)
+@expands(aten.max_pool2d.default)
+@expands(aten.max_pool3d.default)
+def expand_max_pool(builder: Builder, node: Node) -> bool:
+    """``max_pool(relu(x))`` as ``relu(max_pool(x))``, which is the same number with the same gradient.
+
+    The relu is then one of a quarter of the map, and the convolution before it is the last that the large map sees.
+    """
+    relu = builder.only_read_by(node, node.args[0])
+    if relu is None or relu.op is not aten.relu.default or node.kwargs or relu.context != node.context:
+        return False
+    output = builder.values[node.outputs[0]]
+    pooled = builder.like(node, output, "pooled")
+    builder.emit(node, node.op, (relu.args[0], *node.args[1:]), (pooled.index,), "pooled")
+    builder.emit(relu, relu.op, (pooled,), node.outputs, "of_pooled")
+    return True
 
 
 def _pool(scope: Scope, dimensions: int, ceil_position: int, dilation_argument: Any) -> Any:
