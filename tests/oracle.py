@@ -211,14 +211,18 @@ def _check_row(graph: RowGraph, store: dict[int, Any], node: Any, rule: RowRule,
             continue
         gap = difference(slab, want)
         assert gap < 1e-12, f"{where}: differs by {gap:.2e} (shapes {list(slab.shape)}, {list(want.shape)})"
-    _check_formula(node, rule, args, kwargs, tile, where)
+    _check_formula(graph, node, rule, args, kwargs, tile, where)
 
 
 def _check_formula(
-    node: Any, rule: RowRule, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile, where: str
+    graph: RowGraph, node: Any, rule: RowRule, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile, where: str
 ) -> None:
     """A formula gives the results and the gradients of the operation, and the gradients also of a hollow one."""
-    floats = [isinstance(a, Tensor) and a.is_floating_point() for a in flat(args)]
+    buffers = [isinstance(ref, Ref) and graph.values[ref.index].kind is ValueKind.BUFFER for ref in flat(node.args)]
+    floats = [
+        isinstance(a, Tensor) and a.is_floating_point() and not buffer
+        for a, buffer in zip(flat(args), buffers, strict=True)
+    ]
     formula = rule.formula(tile, _nested(args, floats))
     assert not rule.hollow or formula is not None, f"{where}: hollow without a formula"
     if (
@@ -228,8 +232,8 @@ def _check_formula(
     ):
         return
     leaves = [
-        a.detach().clone().requires_grad_(bool(a.is_floating_point())) if isinstance(a, Tensor) else a
-        for a in flat(args)
+        a.detach().clone().requires_grad_(wanted) if isinstance(a, Tensor) else a
+        for a, wanted in zip(flat(args), floats, strict=True)
     ]
     outputs = rule.run(_nested(args, leaves), kwargs, tile)
     outputs = outputs if isinstance(outputs, (list, tuple)) else (outputs,)

@@ -24,7 +24,7 @@ from lrcnn_lightning.checking.check import examine
 from lrcnn_lightning.checking.comparison import Distance, compare
 from lrcnn_lightning.checking.subject import twin
 from lrcnn_lightning.rules import Tile
-from lrcnn_lightning.rules.window import Convolution
+from lrcnn_lightning.rules.convolution import Convolution
 
 ONE: dict[str, Any] = {"mode": "two_phase", "rows": 3}
 """One run, so that a test takes half as long."""

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 import lrcnn_lightning
 from lrcnn_lightning import RowConfig
 from lrcnn_lightning.engine.execute import Execution, requires_grad_leaves
+from lrcnn_lightning.models import vgg16
 from lrcnn_lightning.planning.choices import Choices
 from lrcnn_lightning.planning.machine import CPU, Machine
 from lrcnn_lightning.planning.planner import Planner, carried_nodes
@@ -207,7 +208,7 @@ def test_what_a_normalisation_does_with_vectors_is_done_once(
     """Another row has two more gradients to add for each normalisation, and no vectors of its own to make: there were
     some thirty, most of a step's calls.
     """
-    monkeypatch.setattr(normalisation, "_gradients_on_cpu", normalisation._gradients_on_gpu)
+    monkeypatch.setattr(normalisation, "_gradients_on_cpu", normalisation.gradients_on_gpu)
     monkeypatch.setattr(moments, "_PIECE", 1)
     module = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), norm(), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
     x = torch.randn(2, 3, 24, 8)
@@ -223,3 +224,41 @@ def test_what_a_normalisation_does_with_vectors_is_done_once(
     more = calls[1] - calls[0]
     assert more["aten.add_.Tensor"] == 4, "scale and shift, and the biases of two convolutions"
     assert sum(more.values()) <= 10, more
+
+
+def test_a_row_of_a_plain_network_is_differentiated_without_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions, relu and poolings have formulas; each operation without one costs a graph of its own."""
+    module = vgg16(width=0.0625, num_classes=3).get_submodule("features")
+    x = torch.randn(1, 3, 64, 64)
+    graph = row_graph(module, [x])
+    problem = Problem(graph, requires_grad_leaves(graph.graph, module, [x]), True)
+    execution = Execution(Planner(problem).plan(Choices("two_phase", 4, 2)))
+    calls: list[int] = []
+    differentiate = torch.autograd.grad
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return differentiate(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    execution(module, [x]).sum().backward()
+    assert not calls
+
+
+def test_relu_comes_after_the_pooling_that_reads_it() -> None:
+    """Not where somebody else reads it, or gets it."""
+    body = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    after = row_graph(nn.Sequential(*body), [torch.randn(1, 3, 16, 16)])
+    assert [str(node.op) for node in after.nodes][1:] == ["aten.max_pool2d.default", "aten.relu.default"]
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.relu, self.pool = body
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = self.relu(self.first(x))
+            return y, self.pool(y)
+
+    graph = row_graph(Twice(), [torch.randn(1, 3, 16, 16)])
+    assert [str(node.op) for node in graph.nodes][1:] == ["aten.relu.default", "aten.max_pool2d.default"]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,12 +21,11 @@ import torch
 from torch import Tensor
 
 from lrcnn_lightning.engine.maps import Gradients, cut
+from lrcnn_lightning.engine.recorded import RecordedCall, recorded_call
 from lrcnn_lightning.engine.rows import Carries
 from lrcnn_lightning.engine.slab_gradients import SlabGradients
-from lrcnn_lightning.engine.slabs import Prepared, Sink, SlabCall, Target, as_tuple
+from lrcnn_lightning.engine.slabs import Prepared, Sink, SlabCall, Target
 from lrcnn_lightning.graph.lines import lines
-from lrcnn_lightning.graph.switches import entered
-from lrcnn_lightning.graph.tap import tapped
 from lrcnn_lightning.planning.halos import Row
 from lrcnn_lightning.planning.loop import BackwardPass
 from lrcnn_lightning.rules import Axes, Interval, Reduction, Tile
@@ -82,31 +80,6 @@ def as_now(store: Mapping[int, Any], later: Mapping[int, Tensor]) -> Iterator[No
             store[index].data.copy_(tensor)
 
 
-def _edge(tensor: Tensor) -> torch.autograd.graph.GradientEdge:
-    """The place of a tensor in autograd's graph, which is all that is needed to start there: the tensor itself may go.
-
-    A function that is written in Python lives as long as its results do. A view's node owns it, so that is the place.
-    """
-    if isinstance(tensor.grad_fn, torch.autograd.function.BackwardCFunction):
-        with torch.enable_grad():
-            tensor = torch.ops.aten.alias.default(tensor)  # the gradient of a view by shape may have other strides
-    return torch.autograd.graph.get_gradient_edge(tensor)
-
-
-@dataclass
-class _Recorded:
-    """A call that waits for the gradients of its results: with what its formula has saved, or where autograd is to
-    start, for each result.
-    """
-
-    call: SlabCall
-    dtypes: tuple[torch.dtype, ...]
-    saved: tuple[Any, ...] | None = None
-    edges: tuple[Any, ...] = ()
-    received: list[tuple[Sink, Tensor]] | None = None
-    """What taps have been given, if autograd makes the gradients."""
-
-
 class _BackwardRow:
     """One row of a backward pass: recomputed, differentiated, dropped."""
 
@@ -147,11 +120,11 @@ class _BackwardRow:
 
     # ---------------------------------------------------------------- computing again
 
-    def _recompute(self, calls: tuple[SlabCall, ...], carried: dict[int, Tensor]) -> list[_Recorded]:
+    def _recompute(self, calls: tuple[SlabCall, ...], carried: dict[int, Tensor]) -> list[RecordedCall]:
         """Compute the row again. Slabs live on only where a formula or autograd saved them."""
         run, store = self.run, self.store
         slabs: dict[int, Tensor] = {}
-        recorded: list[_Recorded] = []
+        recorded: list[RecordedCall] = []
         for call in calls:
             if call.position in run.differentiated:
                 results = self._recorded(call, slabs, carried, recorded)
@@ -166,32 +139,14 @@ class _BackwardRow:
         return recorded
 
     def _recorded(
-        self, call: SlabCall, slabs: dict[int, Tensor], carried: dict[int, Tensor], recorded: list[_Recorded]
+        self, call: SlabCall, slabs: dict[int, Tensor], carried: dict[int, Tensor], recorded: list[RecordedCall]
     ) -> tuple[Any, ...]:
         """Run a call such that it can be differentiated; returns what was computed."""
         results: tuple[Any, ...] = (None,) * len(self.graph.nodes[call.position].outputs)
+        made = RecordedCall(call)
         if call.computes:
-            formula = call.formula
-            args, kwargs = call.arguments(slabs, self.store)
-            if formula is not None and formula.applies(args, kwargs):
-                with contextlib.nullcontext() if call.context is None else entered(call.context):
-                    result, saved = formula.forward(args, kwargs, call.hollow)
-                results = as_tuple(result)
-                recorded.append(_Recorded(call, tuple(r.dtype for r in results if r is not None), saved))
-            else:
-                del args, kwargs
-                received: list[tuple[Sink, Tensor]] = []
-                sinks = {sink.value: sink for sink in call.sinks if sink is not None}
-
-                def record(value: int, tensor: Tensor) -> Tensor:
-                    return tapped(tensor.detach(), self.origin, partial(self._receive, sinks[value], received))
-
-                with torch.enable_grad():
-                    results = call.computed(*call.arguments(slabs, self.store, record))
-                edges = tuple(_edge(result) if result.requires_grad else None for result in results)
-                recorded.append(_Recorded(call, tuple(r.dtype for r in results), None, edges, received))
-        else:
-            recorded.append(_Recorded(call, ()))
+            results, made = recorded_call(call, slabs, self.store, self.origin, self._add_whole)
+        recorded.append(made)
         call.put(results, slabs, carried)
         return results
 
@@ -207,7 +162,7 @@ class _BackwardRow:
 
     # ---------------------------------------------------------------- backward
 
-    def _back(self, recorded: _Recorded, from_below: dict[int, Tensor], handed_up: dict[int, Tensor]) -> None:
+    def _back(self, recorded: RecordedCall, from_below: dict[int, Tensor], handed_up: dict[int, Tensor]) -> None:
         """Differentiate a call: the gradients of its results are complete, since all that reads them is done."""
         call = recorded.call
         outputs = self.graph.nodes[call.position].outputs
@@ -220,7 +175,7 @@ class _BackwardRow:
             return
         own = list(map(partial(self._computed, call), outputs, gradients))
         del gradients
-        self._route(call, self._made(recorded, own))
+        self._route(call, recorded.differentiate(own))
 
     def _route(self, call: SlabCall, made: list[tuple[Sink, Tensor]]) -> None:
         """Add the gradients that were made."""
@@ -266,7 +221,7 @@ class _BackwardRow:
                 yield value, lines(gradient, self._axis(value), 0, call.head).clone()
 
     def _taken(
-        self, call: SlabCall, number: int, value: int, recorded: _Recorded, from_below: dict[int, Tensor]
+        self, call: SlabCall, number: int, value: int, recorded: RecordedCall, from_below: dict[int, Tensor]
     ) -> Tensor | None:
         """The gradient of a slab: from its readers and from reductions, from its map, and from the row below."""
         dtype = recorded.dtypes[number] if recorded.dtypes else None
@@ -281,34 +236,9 @@ class _BackwardRow:
                 self.slab_gradients.add(value, gradient if dtype is None else gradient.to(dtype), part, True)
         return self.slab_gradients.take(value)
 
-    def _made(self, recorded: _Recorded, gradients: list[Tensor | None]) -> list[tuple[Sink, Tensor]]:
-        """The gradients of the operands of a call, but those of whole values, which are added to their sums."""
-        call, saved = recorded.call, recorded.saved
-        recorded.saved = None
-        if saved is not None:
-            assert call.formula is not None
-            made = []
-            for sink, gradient in call.sunk(call.formula.backward(saved, gradients)):
-                if sink.slab or sink.tile is not None:
-                    made.append((sink, gradient))
-                else:
-                    self.gradients.add(sink.value, gradient, more=True, alone=True)
-            return made
-        pairs = [(e, g) for e, g in zip(recorded.edges, gradients, strict=True) if e is not None and g is not None]
-        recorded.edges = ()
-        if pairs:
-            edges, seeds = map(list, zip(*pairs, strict=True))
-            del pairs
-            gradients.clear()
-            torch.autograd.grad(edges, [self.origin], seeds, allow_unused=True)
-        return recorded.received or []
-
-    def _receive(self, sink: Sink, received: list[tuple[Sink, Tensor]], gradient: Tensor) -> None:
-        """Autograd has the gradient of an operand."""
-        if sink.slab or sink.tile is not None:
-            received.append((sink, gradient))
-        else:
-            self.gradients.add(sink.value, gradient, more=True)
+    def _add_whole(self, value: int, gradient: Tensor, alone: bool) -> None:
+        """The gradient of a whole value, to which those of other rows will be added."""
+        self.gradients.add(value, gradient, more=True, alone=alone)
 
     # ---------------------------------------------------------------- reductions
 

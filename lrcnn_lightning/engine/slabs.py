@@ -82,6 +82,11 @@ class Sink(NamedTuple):
     part: Part | None = None
     tile: Tile | None = None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is that of a whole value."""
+        return not self.slab and self.tile is None
+
 
 class Target(NamedTuple):
     """What a row owns of a value: the result of the call just made (``whole``), or a part of the slab."""

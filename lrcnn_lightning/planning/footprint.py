@@ -25,7 +25,7 @@ from lrcnn_lightning.planning.kernels import Kernels
 from lrcnn_lightning.planning.machine import CPU, Machine
 from lrcnn_lightning.planning.trial import Operand, Trial, called, results_of, tried, without_data
 from lrcnn_lightning.rules import Interval, Reduction, Role, RowGraph, RowRule, Tile
-from lrcnn_lightning.rules.formula import Recorded
+from lrcnn_lightning.rules.formula import NumberedCall
 
 __all__ = ["Footprint", "Footprints"]
 
@@ -256,7 +256,7 @@ class Footprints:
         recorded = None
         if not any(references(node.kwargs)):
             formula = rule.formula(tile, map_refs(node.args, lambda ref: operands[numbers[ref.index]].wanted))
-            recorded = None if formula is None else Recorded(formula, order, arguments, node.context)
+            recorded = None if formula is None else NumberedCall(formula, order, arguments, node.context)
         return self._tried((rule, tile), position, call, operands, recorded)
 
     def _whole_trial(self, position: int) -> Trial | None:
@@ -274,7 +274,7 @@ class Footprints:
         position: int,
         call: Callable[[Mapping[int, Tensor]], Any],
         operands: Mapping[int, Operand],
-        recorded: Recorded | None = None,
+        recorded: NumberedCall | None = None,
     ) -> Trial | None:
         signature = self._signature(position, key, operands)
         known = self._trials

@@ -60,6 +60,9 @@ _RESTS = 6
 _AIMS = 3
 """Searches at most, each for a lower peak than the one before."""
 
+_LOWER = (0.9, 0.7)
+"""Of a budget that nothing was found for: what is looked for then."""
+
 _OUT_OF_MEMORY = " (tools that search for a batch size take this for 'CUDA out of memory')"
 """They know a batch that is too large by these words, on every device."""
 
@@ -131,6 +134,8 @@ def _searched(problem: Problem, config: RowConfig, budget: int | None) -> Plan:
     for _ in range(_AIMS):
         best = search_plans(planner, config, aim, config.max_overhead)
         planner.limit.check(best)
+        if aim is not None and best.peak_bytes > aim:
+            best = _by_lower_aims(planner, config, aim, best)
         if problem.machine.device is None or best.mode == "plain":
             return best
         exact = best.on(replace(problem.machine, interpolates=False))
@@ -138,6 +143,16 @@ def _searched(problem: Problem, config: RowConfig, budget: int | None) -> Plan:
             return exact
         aim = aim * budget // exact.peak_bytes
     return exact
+
+
+def _by_lower_aims(planner: Planner, config: RowConfig, budget: int, best: Plan) -> Plan:
+    """A plan that fits a budget which the search missed, or the best one: aiming lower it goes other ways."""
+    for share in _LOWER:
+        other = search_plans(planner, config, int(share * budget), config.max_overhead)
+        best = min(best, other, key=lambda plan: plan.peak_bytes)
+        if best.peak_bytes <= budget:
+            break
+    return best
 
 
 def search_plans(

@@ -29,7 +29,7 @@ from lrcnn_lightning.graph.switches import entered
 from lrcnn_lightning.graph.tap import tapped
 from lrcnn_lightning.monitor.meter import MemoryMeter
 from lrcnn_lightning.planning.workspace import Call, kernel_call
-from lrcnn_lightning.rules.formula import Recorded
+from lrcnn_lightning.rules.formula import NumberedCall
 
 __all__ = ["Autocast", "Operand", "Trial", "called", "results_of", "tried", "without_data"]
 
@@ -202,7 +202,7 @@ def tried(
     operands: Mapping[int, Operand],
     autocast: Autocast | None = None,
     by_format: bool = False,
-    recorded: Recorded | None = None,
+    recorded: NumberedCall | None = None,
 ) -> Trial:
     """Try a call that takes its operands by number; ``by_format``: gradients come in the memory format of the results.
     ``recorded`` is the call with a formula for its gradients, if there is one; otherwise autograd makes them.
@@ -230,7 +230,7 @@ class _Attempt:
         meter: MemoryMeter,
         kernels: list[Call],
         by_format: bool,
-        recorded: Recorded | None,
+        recorded: NumberedCall | None,
         autocast: Autocast | None,
     ) -> None:
         self.by_format, self.recorded, self.autocast = by_format, recorded, autocast

@@ -3,7 +3,9 @@
 from lrcnn_lightning.rules import (
     adaptive,
     contraction,
+    convolution,
     dropout,
+    frozen,
     joining,
     layer_norm,
     maximum,
@@ -13,6 +15,7 @@ from lrcnn_lightning.rules import (
     padding,
     parts,
     pointwise,
+    pooling,
     reduction,
     resize,
     scatter,
@@ -20,7 +23,6 @@ from lrcnn_lightning.rules import (
     synchronised,
     transposed,
     variance,
-    window,
     wrapping,
 )
 from lrcnn_lightning.rules.lowering import Role, RowGraph, lower
@@ -47,9 +49,11 @@ __all__ = [
     "Tile",
     "adaptive",
     "contraction",
+    "convolution",
     "dropout",
     "family_of",
     "find_factory",
+    "frozen",
     "joining",
     "layer_norm",
     "lower",
@@ -60,6 +64,7 @@ __all__ = [
     "padding",
     "parts",
     "pointwise",
+    "pooling",
     "reduction",
     "registered",
     "resize",
@@ -68,6 +73,5 @@ __all__ = [
     "synchronised",
     "transposed",
     "variance",
-    "window",
     "wrapping",
 ]

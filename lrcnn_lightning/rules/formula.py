@@ -21,7 +21,7 @@ from torch import Tensor
 from lrcnn_lightning.graph import Context
 from lrcnn_lightning.graph.switches import entered
 
-__all__ = ["Formula", "Recorded", "Saved", "autocast_dtype", "flat"]
+__all__ = ["Formula", "NumberedCall", "Saved", "autocast_dtype", "flat"]
 
 Saved = tuple[Any, ...]
 
@@ -62,7 +62,7 @@ def flat(tree: Any) -> Iterator[Any]:
         yield tree
 
 
-class Recorded(NamedTuple):
+class NumberedCall(NamedTuple):
     """A call on tensors by their numbers, with a formula: ``arguments`` puts them in their places."""
 
     formula: Formula

@@ -11,7 +11,7 @@
 
 so that a row has two vectors to sum gradients for, and what they mean for the statistics is worked out once.
 
-With frozen statistics (``eval`` mode) ``batch_norm`` is pointwise as it stands.
+With frozen statistics (``eval`` mode) ``batch_norm`` is pointwise as it stands (`frozen`).
 """
 
 from __future__ import annotations
@@ -27,16 +27,26 @@ from lrcnn_lightning.graph import CUMULATIVE, Node, Ref
 from lrcnn_lightning.rules.expansion import Builder, expands
 from lrcnn_lightning.rules.formula import Formula, Saved
 from lrcnn_lightning.rules.moments import moments
-from lrcnn_lightning.rules.pointwise import AlongRows, cut_whole
+from lrcnn_lightning.rules.pointwise import cut_whole
 from lrcnn_lightning.rules.precision import as_read_by
 from lrcnn_lightning.rules.rule import Axes, Operator, RowRule, Scope, Tile, register
 
-__all__ = ["Normalise", "emit_normalise", "normalise", "scale_and_shift", "update_statistics"]
+__all__ = [
+    "Normalise",
+    "aligned",
+    "emit_normalise",
+    "gradients_on_gpu",
+    "native_backward",
+    "normalise",
+    "scale_and_shift",
+    "strides_mislead",
+    "update_statistics",
+]
 
 aten = torch.ops.aten
 
 
-def _strides_mislead(x: Tensor) -> bool:
+def strides_mislead(x: Tensor) -> bool:
     """Whether ATen's batch norm would mix up the channels of ``x`` in its backward pass on the CPU.
 
     A view of one sample, channels last, can have a batch stride of C. It means nothing where there is one sample, but
@@ -47,7 +57,7 @@ def _strides_mislead(x: Tensor) -> bool:
 
 def _with_plain_strides(x: Tensor) -> Tensor:
     """The same tensor, with the batch stride that a larger batch would have where its own would mislead."""
-    return x.as_strided(x.shape, (x.numel(), *x.stride()[1:])) if _strides_mislead(x) else x
+    return x.as_strided(x.shape, (x.numel(), *x.stride()[1:])) if strides_mislead(x) else x
 
 
 def _scale_and_shift(
@@ -108,7 +118,7 @@ def _normalised(x: Tensor, centre: Tensor, ones: Tensor, scale: Tensor, shift: T
 def _gradients(
     gradient: Tensor, x: Tensor, centre: Tensor, ones: Tensor, scale: Tensor, wanted: tuple[bool, bool, bool]
 ) -> _Gradients:
-    find = _gradients_on_cpu if x.device.type == "cpu" else _gradients_on_gpu
+    find = _gradients_on_cpu if x.device.type == "cpu" else gradients_on_gpu
     for_x, for_scale, for_shift = find(
         _with_plain_strides(gradient), _with_plain_strides(x), centre, ones, scale, wanted
     )
@@ -123,7 +133,7 @@ def _differentiable_gradients(gradient: Tensor, x: Tensor, centre: Tensor, scale
     return (wide * scale.view(shape)).to(x.dtype), (wide * deviations).sum(dims), wide.sum(dims)
 
 
-def _aligned(gradient: Tensor, x: Tensor) -> Tensor:
+def aligned(gradient: Tensor, x: Tensor) -> Tensor:
     """The gradient in the memory format of ``x``, which ATen takes it to be in."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
     for layout in (torch.contiguous_format, last):
@@ -136,12 +146,12 @@ def _gradients_on_cpu(
     gradient: Tensor, x: Tensor, centre: Tensor, ones: Tensor, scale: Tensor, wanted: tuple[bool, bool, bool]
 ) -> _Gradients:
     """One kernel computes all. What a forward pass saves for it is read in training mode only."""
-    aligned = _aligned(gradient, x)
-    found: _Gradients = _native_backward(aligned, x, scale, centre, ones, None, None, False, 0.0, wanted)
+    gradient = aligned(gradient, x)
+    found: _Gradients = native_backward(gradient, x, scale, centre, ones, None, None, False, 0.0, wanted)
     return found
 
 
-def _gradients_on_gpu(
+def gradients_on_gpu(
     gradient: Tensor, x: Tensor, centre: Tensor, ones: Tensor, scale: Tensor, wanted: tuple[bool, bool, bool]
 ) -> _Gradients:
     """The kernels of a GPU differ by what is wanted and how it lies in memory. Some read what a forward pass saves,
@@ -158,11 +168,11 @@ def _gradients_on_gpu(
     if not (wanted[1] or wanted[2]):
         return result, None, None
     mask = (False, *wanted[1:])
-    _, for_scale, for_shift = _native_backward(gradient, x, scale, centre, ones, centre, ones, False, 0.0, mask)
+    _, for_scale, for_shift = native_backward(gradient, x, scale, centre, ones, centre, ones, False, 0.0, mask)
     return result, for_scale, for_shift
 
 
-_native_backward = aten.native_batch_norm_backward.default
+native_backward = aten.native_batch_norm_backward.default
 
 
 def _normalise(x: Tensor, centre: Tensor, ones: Tensor, scale: Tensor, shift: Tensor, written: Any = None) -> Tensor:
@@ -232,27 +242,6 @@ def normalise_rule(scope: Scope) -> RowRule | None:
     if axes.row is None or axes.row < 2 or not scope.only_first_has_rows():
         return None
     return Normalise(scope.shape(scope.node.args[0])[0], (axes,))
-
-
-@dataclass(frozen=True)
-class FrozenNorm(AlongRows):
-    """``batch_norm`` with frozen statistics."""
-
-    def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Tensor:
-        x: Tensor = args[0]
-        if _strides_mislead(x):
-            x = x.contiguous()
-        result: Tensor = self.operation(x, *args[1:], **kwargs)
-        return result
-
-
-@register("normalisation", aten.batch_norm.default)
-def frozen_batch_norm(scope: Scope) -> RowRule | None:
-    """``batch_norm`` with frozen statistics (training mode has been expanded)."""
-    axes = scope.of(scope.node.args[0])
-    if axes.row is None or axes.row < 2 or scope.node.args[5] or not scope.only_first_has_rows():
-        return None
-    return FrozenNorm(scope.node.op, (axes,))
 
 
 def _update_statistics(
