@@ -27,7 +27,7 @@ from lrcnn_lightning.planning.keeping import Keeping
 from lrcnn_lightning.planning.planner import Planner
 from lrcnn_lightning.planning.problem import Problem
 from lrcnn_lightning.rules import Interval, Reduction, Role, RowGraph, RowRule, Tile, lower
-from lrcnn_lightning.rules.formula import flat
+from lrcnn_lightning.rules.formula import paired
 
 __all__ = ["RELATIVE", "assert_exact", "check_rules", "difference", "differences", "observe", "row_graph", "twin"]
 
@@ -218,10 +218,10 @@ def _check_formula(
     graph: RowGraph, node: Any, rule: RowRule, args: tuple[Any, ...], kwargs: dict[str, Any], tile: Tile, where: str
 ) -> None:
     """A formula gives the results and the gradients of the operation, and the gradients also of a hollow one."""
-    buffers = [isinstance(ref, Ref) and graph.values[ref.index].kind is ValueKind.BUFFER for ref in flat(node.args)]
+    buffers = [isinstance(ref, Ref) and graph.values[ref.index].kind is ValueKind.BUFFER for ref in _flat(node.args)]
     floats = [
         isinstance(a, Tensor) and a.is_floating_point() and not buffer
-        for a, buffer in zip(flat(args), buffers, strict=True)
+        for a, buffer in zip(_flat(args), buffers, strict=True)
     ]
     formula = rule.formula(tile, _nested(args, floats))
     assert not rule.hollow or formula is not None, f"{where}: hollow without a formula"
@@ -233,7 +233,7 @@ def _check_formula(
         return
     leaves = [
         a.detach().clone().requires_grad_(wanted) if isinstance(a, Tensor) else a
-        for a, wanted in zip(flat(args), floats, strict=True)
+        for a, wanted in zip(_flat(args), floats, strict=True)
     ]
     outputs = rule.run(_nested(args, leaves), kwargs, tile)
     outputs = outputs if isinstance(outputs, (list, tuple)) else (outputs,)
@@ -247,14 +247,19 @@ def _check_formula(
     for hollow in (False, True)[: 1 + rule.hollow]:
         with torch.no_grad():
             result, saved = formula.forward(args, kwargs, hollow)
-            made = list(flat(formula.backward(saved, list(seeds))))
+            made = [gradient for _, gradient in paired(args, formula.backward(saved, list(seeds)))]
         if not hollow:
             for mine, theirs in zip(result if isinstance(result, tuple) else (result,), outputs, strict=True):
                 assert difference(mine, theirs) < 1e-12, f"{where}: the formula's result differs"
-        for mine, leaf in zip(made, leaves, strict=False):
+        for mine, leaf in zip(made, leaves, strict=True):
             if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.grad is not None:
                 assert mine is not None, f"{where}: the formula has no gradient"
                 assert mine.shape == leaf.shape and difference(mine, leaf.grad) < 1e-12, f"{where}: by formula"
+
+
+def _flat(tree: Sequence[Any]) -> list[Any]:
+    """What is inside nested lists and tuples, in order."""
+    return [item for item, _ in paired(tree, ())]
 
 
 def _nested(tree: Any, items: Sequence[Any]) -> Any:

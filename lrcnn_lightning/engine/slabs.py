@@ -28,7 +28,7 @@ from lrcnn_lightning.graph.switches import entered
 from lrcnn_lightning.planning.halos import Row
 from lrcnn_lightning.planning.loop import BackwardPass, Loop
 from lrcnn_lightning.rules import Interval, RowGraph, RowRule, Tile
-from lrcnn_lightning.rules.formula import Formula, flat
+from lrcnn_lightning.rules.formula import Formula, paired
 
 __all__ = ["Part", "Prepared", "Sink", "SlabCall", "Target"]
 
@@ -305,7 +305,7 @@ class SlabCall:
     def sunk(self, gradients: Sequence[Any]) -> Iterator[tuple[Sink, Tensor]]:
         """The gradients that a formula has made, and where they go."""
         sinks = iter(self.sinks)
-        for argument, gradient in zip(flat(self._arguments), flat(gradients), strict=False):
+        for argument, gradient in paired(self._arguments, gradients):
             if isinstance(argument, Ref):
                 sink = next(sinks)
                 if sink is not None and gradient is not None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from lrcnn_lightning.graph import Context
 from lrcnn_lightning.graph.switches import entered
 
-__all__ = ["Formula", "NumberedCall", "Saved", "autocast_dtype", "flat"]
+__all__ = ["Formula", "NumberedCall", "Saved", "autocast_dtype", "paired"]
 
 Saved = tuple[Any, ...]
 
@@ -53,13 +53,14 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-def flat(tree: Any) -> Iterator[Any]:
-    """What is inside nested lists and tuples, in order."""
-    if isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from flat(item)
-    else:
-        yield tree
+def paired(arguments: Sequence[Any], gradients: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    """What is inside the arguments, which may be nested, in order, and the gradient of each, or None."""
+    for place, argument in enumerate(arguments):
+        gradient = gradients[place] if place < len(gradients) else None
+        if isinstance(argument, (list, tuple)):
+            yield from paired(argument, () if gradient is None else gradient)
+        else:
+            yield argument, gradient
 
 
 class NumberedCall(NamedTuple):
@@ -82,7 +83,7 @@ class NumberedCall(NamedTuple):
     def backward(self, saved: Saved, gradients: list[Tensor | None]) -> Iterator[tuple[int, Tensor]]:
         """Number and gradient of each tensor that has one."""
         places, _ = self.arguments([_Place(number) for number in self.references])
-        for place, gradient in zip(flat(places), flat(self.formula.backward(saved, gradients)), strict=False):
+        for place, gradient in paired(places, self.formula.backward(saved, gradients)):
             if isinstance(place, _Place) and gradient is not None:
                 yield place.number, gradient
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lrcnn_lightning.graph import references
+from lrcnn_lightning.rules.elementwise import formula_along_rows, pointwise_formula
 from lrcnn_lightning.rules.formula import Formula, Saved, autocast_dtype
 from lrcnn_lightning.rules.rule import Axes, Interval, RowRule, Scope, Tile, register
 
@@ -60,42 +61,7 @@ class Pointwise(RowRule):
         return lambda args, kwargs: operation(*args, **kwargs)
 
     def formula(self, tile: Tile, wanted: Sequence[Any]) -> Formula | None:
-        if self.operation is aten.relu.default:
-            return _ReluFormula()
-        if self.operation is aten.add.Tensor and not self.whole:
-            return _SumFormula(tuple(map(bool, wanted)))
-        return None
-
-
-class _ReluFormula(Formula):
-    """From the result."""
-
-    def forward(self, args: Sequence[Any], kwargs: dict[str, Any], hollow: bool = False) -> tuple[Any, Saved]:
-        result = aten.relu.default(args[0])
-        return result, (result,)
-
-    def backward(self, saved: Saved, gradients: list[Tensor | None]) -> Sequence[Any]:
-        (result,) = saved
-        return (aten.threshold_backward.default(gradients.pop(), result, 0),)
-
-
-@dataclass(frozen=True)
-class _SumFormula(Formula):
-    """The gradient of the sum of two maps of one shape, as it is."""
-
-    wanted: tuple[bool, ...]
-
-    def applies(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-        if kwargs or not all(isinstance(operand, Tensor) for operand in args):
-            return False
-        first, second = args
-        return bool(first.shape == second.shape and first.dtype == second.dtype)
-
-    def forward(self, args: Sequence[Any], kwargs: dict[str, Any], hollow: bool = False) -> tuple[Any, Saved]:
-        return aten.add.Tensor(*args), ()
-
-    def backward(self, saved: Saved, gradients: list[Tensor | None]) -> Sequence[Any]:
-        return [gradients[0] if wanted else None for wanted in self.wanted]
+        return None if self.whole else pointwise_formula(self.operation, wanted)
 
 
 @register("pointwise", "pointwise")
@@ -146,6 +112,9 @@ class AlongRows(RowRule):
 
     def run(self, args: Sequence[Any], kwargs: dict[str, Any], tile: Tile) -> Any:
         return self.operation(*args, **kwargs)
+
+    def formula(self, tile: Tile, wanted: Sequence[Any]) -> Formula | None:
+        return formula_along_rows(self.operation, wanted)
 
 
 def _alike(scope: Scope) -> RowRule | None:
