@@ -155,4 +155,18 @@ def plain_seconds(problem: Problem) -> float:
     for position, role in enumerate(problem.graph.roles):
         if role is not Role.PROLOGUE:
             seconds += work.forward(position) + work.backward_whole(position, problem.differentiable)
+    return seconds + _seconds_of_moved(problem, work)
+
+
+def _seconds_of_moved(problem: Problem, work: Work) -> float:
+    """What plain execution takes longer for what rows do later, where the map is smaller (`rules.pooling`)."""
+    graph, seconds = problem.graph, 0.0
+    readers, made = graph.captured.readers(), {output for node in graph.nodes for output in node.outputs}
+    for node in graph.captured.nodes:
+        if node.op is torch.ops.aten.relu.default and node.outputs[0] not in made:
+            (reader,) = readers[node.outputs[0]] or (None,)
+            after = graph.captured.nodes[reader].outputs[0] if reader is not None else node.outputs[0]
+            difference = graph.values[node.outputs[0]].bytes - graph.values[after].bytes
+            directions = 1 + (node.outputs[0] in problem.differentiable or after in problem.differentiable)
+            seconds += directions * (work.traffic(difference, 2) + work.fresh(difference))
     return seconds
