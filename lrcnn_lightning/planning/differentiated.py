@@ -1,4 +1,4 @@
-"""One row of a backward pass, simulated: computed again with autograd, differentiated, dropped."""
+"""One row of a backward pass, simulated: computed again and recorded, differentiated call by call, dropped."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class BackwardRow(SimulatedRow):
             self.injections.setdefault(graph.nodes[position].inputs[0], []).append(position)
         self.found: dict[int, Footprint] = {}
         self.held: dict[int, list[Any]] = {}
-        """What autograd saved for a node: buffers."""
+        """What a formula or autograd saved for a node: buffers."""
         self.lent: dict[int, tuple[Any, ...] | None] = {}
         """Maps whose gradient is that of a slab, which others of this row may use: its memory."""
         self.sliced: set[int] = set()

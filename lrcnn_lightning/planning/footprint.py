@@ -51,9 +51,9 @@ class Footprint(NamedTuple):
     passed_on: dict[int, int]
     """Input -> the result whose gradient's memory the input's gradient has."""
     forward: float
-    """At the peak without autograd, beside inputs and results."""
+    """At the peak where it is only run, beside inputs and results."""
     recompute: float
-    """At the peak with autograd, beside inputs, results and what is saved beside these."""
+    """At the peak where it is recorded, beside inputs, results and what is saved beside these."""
     extra: float
     """Saved beside inputs and results."""
     backward: float

@@ -55,9 +55,10 @@ class Loop:
 class BackwardPass:
     """One differentiated run of a loop, rows from the bottom.
 
-    Nodes in ``differentiated`` run under autograd, the others of the loop without. Gradients enter at ``outputs``
-    (values with a gradient map) and through ``injections`` (reductions whose outputs' gradients are known), and are
-    collected for ``maps`` (sources), for ``wholes`` (whole values, parameters). ``hollow`` nodes are not computed.
+    Nodes in ``differentiated`` are recorded and differentiated, the others of the loop only run. Gradients enter at
+    ``outputs`` (values with a gradient map) and through ``injections`` (reductions whose outputs' gradients are known),
+    and are collected for ``maps`` (sources), for ``wholes`` (whole values, parameters). ``hollow`` nodes are not
+    computed.
     """
 
     loop: Loop

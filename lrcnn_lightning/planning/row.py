@@ -55,7 +55,7 @@ class SimulatedRow:
     def make(
         self, position: int, grad: bool, hollow: bool = False, unwanted: frozenset[int] = frozenset()
     ) -> Footprint | None:
-        """Allocate what a node makes, with or without autograd, where nobody wants the gradients of its ``unwanted``
+        """Allocate what a node makes, to be differentiated or not, where nobody wants the gradients of its ``unwanted``
         inputs; returns its footprint if it computes anything.
         """
         graph, buffers = self.graph, self.buffers

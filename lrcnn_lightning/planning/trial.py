@@ -1,10 +1,11 @@
-"""Trials: an operation is run once on tensors without data, to see what it and autograd hold.
+"""Trials: an operation is run once on tensors without data, to see what it and its gradient hold.
 
-A table of what autograd saves is wrong for the operation that is not in it, and says nothing of what an operation makes
+A table of what is saved is wrong for the operation that is not in it, and says nothing of what an operation makes
 and drops on the way. So both are observed, in three runs of one call:
 
-    without autograd       bytes at the peak, beside the results
-    with autograd          the same; then results and inputs are dropped one by one: what stays is saved
+    run                    bytes at the peak, beside the results
+    recorded               by its formula or by autograd: the same; then results and inputs are dropped one by one: what
+                           stays is saved
     backward               bytes at the peak, beside what was saved and the gradients of the results;
                            which gradients of inputs are views of those of the results
 """
@@ -64,9 +65,9 @@ class Trial(NamedTuple):
     passed_on: dict[int, int]
     """Input -> the result whose gradient's memory the input's gradient has."""
     forward: float
-    """Bytes at the peak without autograd, beside the inputs and the results."""
+    """Bytes at the peak where it is only run, beside the inputs and the results."""
     recompute: float
-    """Bytes at the peak with autograd, beside the inputs, the results and what is saved beside these."""
+    """Bytes at the peak where it is recorded, beside the inputs, the results and what is saved beside these."""
     extra: float
     """Bytes saved beside inputs and results."""
     backward: float
@@ -291,8 +292,8 @@ class _Attempt:
         return list(results) if isinstance(results, (list, tuple)) else [results]
 
     def _forward(self, tensors: Mapping[int, Tensor]) -> int:
-        """Bytes without autograd. The copies that autocast makes of weights are kept, and not of this call: they are
-        made in a call before.
+        """Bytes of the run. The copies that autocast makes of weights are kept, and not of this call: they are made in
+        a call before.
         """
         weights = [tensors[number] for number, operand in self.operands.items() if not operand.counted]
         weights = [tensor for tensor in weights if self.autocast is not None and tensor.is_floating_point()]
