@@ -27,7 +27,7 @@ class BackwardRow(SimulatedRow):
         self.injections: dict[int, list[int]] = {}
         for position in run.injections:
             self.injections.setdefault(graph.nodes[position].inputs[0], []).append(position)
-        self.found: dict[int, Footprint] = {}
+        self.recorded: dict[int, Footprint] = {}
         self.held: dict[int, list[Any]] = {}
         """What a formula or autograd saved for a node: buffers."""
         self.lent: dict[int, tuple[Any, ...] | None] = {}
@@ -68,7 +68,7 @@ class BackwardRow(SimulatedRow):
 
     def _save(self, position: int, footprint: Footprint, hollow: bool) -> None:
         span, buffers = self.row.spans[position], self.buffers
-        self.found[position] = footprint
+        self.recorded[position] = footprint
         held = [buffers.hold(("slab", value)) for value in footprint.saved_inputs]
         if not hollow:
             made = "fresh" if span.lo < span.new else "slab"
@@ -113,7 +113,7 @@ class BackwardRow(SimulatedRow):
                 handed[value] = bytes_of(graph, value, span.new - span.lo, self.samples)
                 self.memory.allocate(("handed", value, self.r), handed[value])
         received: list[int] = []
-        footprint = self.found.get(position)
+        footprint = self.recorded.get(position)
         if footprint is not None:
             whole = 0.0 if self._begin_sums(position) else footprint.whole
             copies = self._copies_backward(position) if footprint.copies[1] else 0.0
@@ -140,7 +140,7 @@ class BackwardRow(SimulatedRow):
         first = all(("gradient", value) not in self.memory for value in wholes)
         for value in wholes:
             self.memory.allocate(("gradient", value), sum_bytes(graph, value))
-        return first and self.found[position].by_formula and not any(is_half(graph, value) for value in wholes)
+        return first and self.recorded[position].by_formula and not any(is_half(graph, value) for value in wholes)
 
     def _is_loose(self, position: int, value: int, size: float) -> bool:
         """Whether elements of the gradient of an input of a node share memory, or others may have it."""

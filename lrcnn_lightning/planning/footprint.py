@@ -98,7 +98,7 @@ class Footprints:
         self._kernels = Kernels(machine, graph.learned.setdefault("workspaces", {}))
         kind = "trials by format" if machine.caching else "trials"
         self._trials: dict[Any, Trial | None] = graph.learned.setdefault(kind, {})
-        self._found: dict[Any, Footprint] = {}
+        self._footprints: dict[Any, Footprint] = {}
         self._reductions: dict[int, ReductionFootprint] = {}
         self._slabs: dict[Any, Trial | None] = {}
         self._strides: dict[int, tuple[int, ...]] | None = graph.learned.get(self._strides_key)
@@ -106,11 +106,11 @@ class Footprints:
     @classmethod
     def of(cls, graph: RowGraph, differentiable: Collection[int], machine: Machine = CPU) -> Footprints:
         """Those that are known of the graph already, if any are."""
-        known: dict[Any, Footprints] = graph.learned.setdefault("footprints", {})
+        footprints: dict[Any, Footprints] = graph.learned.setdefault("footprints", {})
         key = frozenset(differentiable), machine.caching, machine.device, machine.interpolates
-        if key not in known:
-            known[key] = cls(graph, differentiable, machine)
-        return known[key]
+        if key not in footprints:
+            footprints[key] = cls(graph, differentiable, machine)
+        return footprints[key]
 
     def slab(self, position: int, computed: Interval, unwanted: frozenset[int] = frozenset()) -> Footprint:
         """Of a node with a row rule that computes the rows ``computed`` of its result; nobody wants the gradients of
@@ -118,32 +118,34 @@ class Footprints:
         """
         height = self.graph.height(self.graph.nodes[position].outputs[0])
         key = (position, computed.length, computed.lo == 0, computed.hi == height, unwanted)
-        found = self._found.get(key)
-        if found is None:
-            found = self._found[key] = self._on_the_line(position, computed, height, unwanted)
-        return found
+        footprint = self._footprints.get(key)
+        if footprint is None:
+            footprint = self._footprints[key] = self._on_the_line(position, computed, height, unwanted)
+        return footprint
 
     def whole(self, position: int) -> Footprint:
         """Of a node that runs on full maps."""
         key = (position, -1, 0, 0)
-        found = self._found.get(key)
-        if found is None:
+        footprint = self._footprints.get(key)
+        if footprint is None:
             trial = self._whole_trial(position)
-            found = self._with_workspaces(self._named(position, trial, None), trial, self._kernels.of(trial))
-            if found.copies[1]:
+            footprint = self._with_workspaces(self._named(position, trial, None), trial, self._kernels.of(trial))
+            if footprint.copies[1]:
                 returned = self.outside.intersection(self.graph.nodes[position].outputs)
-                found = found._replace(backward=found.backward + sum(self._bytes(index, None) for index in returned))
-            self._found[key] = found
-        return found
+                footprint = footprint._replace(
+                    backward=footprint.backward + sum(self._bytes(index, None) for index in returned)
+                )
+            self._footprints[key] = footprint
+        return footprint
 
     def reduction(self, position: int, rows: int, samples: int) -> ReductionFootprint:
         """Of a reduction's part of so many rows of its input."""
         value = self.graph.nodes[position].inputs[0]
-        found = self._reductions.get(position)
-        if found is None:
-            found = self._reductions[position] = self._reduction_trial(position)
+        footprint = self._reductions.get(position)
+        if footprint is None:
+            footprint = self._reductions[position] = self._reduction_trial(position)
         share = rows / self.graph.height(value) * samples / (self.graph.samples(value) or samples or 1)
-        return ReductionFootprint(*(size * share for size in found))
+        return ReductionFootprint(*(size * share for size in footprint))
 
     # ---------------------------------------------------------------- trials
 
@@ -277,17 +279,17 @@ class Footprints:
         recorded: NumberedCall | None = None,
     ) -> Trial | None:
         signature = self._signature(position, key, operands)
-        known = self._trials
+        trials = self._trials
         if isinstance(self.graph.nodes[position].op, OpOverload) and signature[0] != position:
-            signature, known = (*signature, self.graph.autocast, self.machine.caching), _EVERYWHERE
-        if signature not in known:
-            if len(known) >= _MOST:
-                known.clear()
+            signature, trials = (*signature, self.graph.autocast, self.machine.caching), _EVERYWHERE
+        if signature not in trials:
+            if len(trials) >= _MOST:
+                trials.clear()
             try:
-                known[signature] = tried(call, operands, self.graph.autocast, self.machine.caching, recorded)
+                trials[signature] = tried(call, operands, self.graph.autocast, self.machine.caching, recorded)
             except Exception:  # some operations have no backward pass without data: taken to save their inputs
-                known[signature] = None
-        return known[signature]
+                trials[signature] = None
+        return trials[signature]
 
     def _signature(self, position: int, key: Any, operands: Mapping[int, Operand]) -> Any:
         """Equal for trials that are alike."""
@@ -312,8 +314,8 @@ class Footprints:
         made_by_rows = index in graph.producer and graph.roles[graph.producer[index]] is Role.ROW
         # Rows are written to a map that is contiguous; a slab may be a view. On a GPU memory formats are told apart.
         plain = rows is None and made_by_rows and not self.machine.caching
-        known = None if plain else self._known_strides().get(index)
-        strides = dense_strides(shape, known)
+        order = None if plain else self._known_strides().get(index)
+        strides = dense_strides(shape, order)
         return Operand(tuple(shape), strides, value.dtype, value.device, counted, wanted)
 
     def _known_strides(self) -> dict[int, tuple[int, ...]]:
@@ -352,10 +354,10 @@ class Footprints:
         slab = self._operand(index, rows)._replace(wanted=False)
         outputs = [self._operand(output, None)._replace(wanted=False, counted=False) for output in node.outputs]
         gradients = dict(enumerate((slab, *outputs)))
-        known: dict[Any, ReductionFootprint] = graph.learned.setdefault("reductions", {})
+        footprints: dict[Any, ReductionFootprint] = graph.learned.setdefault("reductions", {})
         signature = self._signature(position, (rule, rows), gradients)
-        if signature in known:
-            return known[signature]
+        if signature in footprints:
+            return footprints[signature]
 
         def inject(tensors: Mapping[int, Tensor]) -> Any:
             whole = [tensors[number] for number in range(1, len(tensors))]
@@ -364,16 +366,16 @@ class Footprints:
         def partial(tensors: Mapping[int, Tensor]) -> Any:
             return [part for part in tree_leaves(rule.partial(tensors[0], rows)) if isinstance(part, Tensor)]
 
-        found = []
+        sizes = []
         for call, operands in ((partial, {0: slab}), (inject, gradients)):
             try:
                 trial = tried(call, operands, graph.autocast)
-                found.append((trial.forward + self._kernels.of(trial)[0], float(sum(trial.results))))
+                sizes.append((trial.forward + self._kernels.of(trial)[0], float(sum(trial.results))))
             except Exception:  # as above
-                found.append((0.0, float(graph.values[index].bytes)))
-        (passing, part), (injecting, gradient) = found
-        known[signature] = ReductionFootprint(passing + part, injecting + gradient, gradient)
-        return known[signature]
+                sizes.append((0.0, float(graph.values[index].bytes)))
+        (passing, part), (injecting, gradient) = sizes
+        footprints[signature] = ReductionFootprint(passing + part, injecting + gradient, gradient)
+        return footprints[signature]
 
     def _named(self, position: int, trial: Trial | None, rows: Interval | None) -> Footprint:
         """A trial by the indices of the node's values."""

@@ -146,37 +146,37 @@ class _Walk:
         self.memory = self.passages.memory = self.wholes.memory = memory
 
     def _once(
-        self, key: tuple[Any, ...], given: Sequence[Entry], run: Callable[[], None], name: str | None = None
+        self, key: tuple[Any, ...], entries: Sequence[Entry], run: Callable[[], None], name: str | None = None
     ) -> tuple[Passage, int]:
         """Run something once in a memory of its own, and let every run with the same ``key`` have the same effect.
 
-        ``given``: what is in memory before, of that which it looks at or frees. Among keys of memory ``name`` stands
+        ``entries``: what is in memory before, of that which it looks at or frees. Among keys of memory ``name`` stands
         for the loop of which they are, and may be another in each run. Also returned are the bytes that were live
         before.
         """
         assert self.remembered is not None
         memory = self.memory
-        key = (*key, tuple((e.key[2:] if e.key[1] == name else e.key, *e[1:]) for e in given))
-        found = self.remembered.get(key)
-        if found is None:
+        key = (*key, tuple((e.key[2:] if e.key[1] == name else e.key, *e[1:]) for e in entries))
+        passage = self.remembered.get(key)
+        if passage is None:
             outside = self.start, self.seconds, self.loops, self.step_peaks
-            self._work_in(Memory.beginning_with(given, memory.machine))
+            self._work_in(Memory.beginning_with(entries, memory.machine))
             self.start, self.seconds, self.loops, self.step_peaks = self.memory.live, 0.0, [], []
             run()
             peaks = tuple(peak - self.start for peak in self.step_peaks)
             added = self.memory.peak - self.start
-            found = Passage(added, self.seconds, self.memory.left(), name, tuple(self.loops), peaks)
-            self.remembered[key] = found
+            passage = Passage(added, self.seconds, self.memory.left(), name, tuple(self.loops), peaks)
+            self.remembered[key] = passage
             self._work_in(memory)
             self.start, self.seconds, self.loops, self.step_peaks = outside
         rest = memory.live
-        memory.touch(found.added_bytes)
-        memory.replace(given, _of_loop(found, name))
-        self.seconds += found.seconds
-        return found, rest
+        memory.touch(passage.added_bytes)
+        memory.replace(entries, _of_loop(passage, name))
+        self.seconds += passage.seconds
+        return passage, rest
 
     def _loop(
-        self, run: LoopRun, carries: Any, name: str | None, given: Sequence[Entry], simulate: Callable[[], None]
+        self, run: LoopRun, carries: Any, name: str | None, entries: Sequence[Entry], simulate: Callable[[], None]
     ) -> None:
         """Simulate a loop, or take over what is known of one that is alike but for its ``name``; ``carries``: what
         becomes of them.
@@ -189,9 +189,9 @@ class _Walk:
         if self.remembered is None:
             timed()
             return
-        found, before = self._once((run.key, carries), given, timed, name)
+        passage, before = self._once((run.key, carries), entries, timed, name)
         stays = self.memory.live - before
-        self.loops.append(LoopCost(run, self.memory.live - self.start, found.added_bytes - stays, found.seconds))
+        self.loops.append(LoopCost(run, self.memory.live - self.start, passage.added_bytes - stays, passage.seconds))
 
     def run_forward(self, segment: Segment) -> None:
         """Simulate the forward pass of a segment."""
@@ -199,9 +199,9 @@ class _Walk:
         if self.remembered is None:
             run()
             return
-        given = self.memory.given(self.memory.of("map", segment.inputs))
-        found, rest = self._once((segment, "forward"), given, run)
-        self.segments.append((rest, found.loops))
+        entries = self.memory.given(self.memory.of("map", segment.inputs))
+        passage, rest = self._once((segment, "forward"), entries, run)
+        self.segments.append((rest, passage.loops))
 
     def run_backward(self, segment: Segment, kept_before: Collection[int]) -> tuple[int, ...]:
         """Simulate the backward pass of a segment: the peak during each step of it, in bytes.
@@ -221,9 +221,9 @@ class _Walk:
         keys = [*memory.of("map", seen), *memory.of("gradient", seen), *memory.within("keep", segment.name)]
         if segment.plain:
             keys += self.wholes.saved(segment.nodes)
-        found, rest = self._once((segment, kept), memory.given(keys), run)
-        self.segments.append((rest, found.loops))
-        return tuple(peak + rest for peak in found.step_peaks)
+        passage, rest = self._once((segment, kept), memory.given(keys), run)
+        self.segments.append((rest, passage.loops))
+        return tuple(peak + rest for peak in passage.step_peaks)
 
     # ---------------------------------------------------------------- plainly
 
@@ -256,19 +256,19 @@ class _Walk:
                     self.memory.free(("map", output))
 
     def _rows(self, loop: Loop, kept_carries: frozenset[int], stored: bool) -> None:
-        given = _flags(self.memory.of("map", loop.stored))
+        entries = _flags(self.memory.of("map", loop.stored))
         simulate = partial(self.passages.rows, loop, kept_carries, stored)
-        self._loop(LoopRun(loop, stored), kept_carries, loop.name, given, simulate)
+        self._loop(LoopRun(loop, stored), kept_carries, loop.name, entries, simulate)
 
     def _backward_rows(self, run: BackwardPass, dropped: str | None) -> None:
-        known = self.memory.of("gradient", (*run.maps, *run.wholes))
-        made = frozenset(key[1] for key in known if key[1] in run.maps)
-        given = _flags(known)
+        gradients = self.memory.of("gradient", (*run.maps, *run.wholes))
+        present = frozenset(key[1] for key in gradients if key[1] in run.maps)
+        entries = _flags([*gradients, *self.memory.of("lent", run.maps)])
         if dropped is not None:
-            carries = self.memory.given(self.memory.matching("keep", (dropped,)))
-            given += tuple(entry._replace(storage=entry.storage + len(known)) for entry in carries)
+            carries, count = self.memory.given(self.memory.matching("keep", (dropped,))), len(entries)
+            entries += tuple(entry._replace(storage=entry.storage + count) for entry in carries)
         simulate = partial(self.passages.backward_rows, run, dropped)
-        self._loop(LoopRun(run.loop, backward=run, made=made), dropped is None, dropped, given, simulate)
+        self._loop(LoopRun(run.loop, backward=run, made=present), dropped is None, dropped, entries, simulate)
 
     def _backward(self, segment: Segment, kept_before: Collection[int]) -> None:
         graph, memory = self.graph, self.memory
