@@ -71,7 +71,7 @@ def test_gradients_of_a_normalisation_on_a_gpu(shape: tuple[int, ...], dtype: to
         for wanted in itertools.product([False, True], repeat=3):
             ones = torch.ones_like(scale)
             with Demanding() as demanding:
-                got = normalisation._gradients_on_gpu(gradient, x, centre, ones, scale, wanted)
+                got = normalisation.gradients_on_gpu(gradient, x, centre, ones, scale, wanted)
             assert demanding.seen == (wanted[1] or wanted[2])
             for mine, theirs, asked in zip(got, want, wanted, strict=True):
                 if asked:
@@ -98,7 +98,7 @@ def test_live_normalisations_by_the_way_of_a_gpu(
     name: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gradients of its input, of its statistics and of its weights are asked for in one combination or another."""
-    monkeypatch.setattr(normalisation, "_gradients_on_cpu", normalisation._gradients_on_gpu)
+    monkeypatch.setattr(normalisation, "_gradients_on_cpu", normalisation.gradients_on_gpu)
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), NORMS[name](), nn.Tanh(), nn.Conv2d(4, 2, 3, padding=1))
     x = torch.randn(2, 2, 9, 7, dtype=torch.float64).to(memory_format=layout)

@@ -56,7 +56,7 @@ def test_a_step_stays_channels_last(name: str, samples: int, monkeypatch: pytest
     Slabs that were joined to a carry of one sample became NCHW, since views by shape had given it other strides; and so
     did all gradients of parts, which ATen puts into contiguous zeros.
     """
-    monkeypatch.setattr(normalisation, "_gradients_on_cpu", normalisation._gradients_on_gpu)
+    monkeypatch.setattr(normalisation, "_gradients_on_cpu", normalisation.gradients_on_gpu)
     torch.manual_seed(0)
     module = NETWORKS[name]().to(memory_format=torch.channels_last)
     x = torch.randn(samples, 3, 128, 96).to(memory_format=torch.channels_last)

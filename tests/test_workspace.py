@@ -211,7 +211,7 @@ def test_predicted_and_measured_peaks_agree(
     """Measured on the CPU, with what would count on a GPU."""
     if name == "U-Net" and layout is torch.channels_last:
         pytest.skip("transposed convolution on the CPU does not keep the format")
-    monkeypatch.setattr(normalisation, "_gradients_on_cpu", normalisation._gradients_on_gpu)
+    monkeypatch.setattr(normalisation, "_gradients_on_cpu", normalisation.gradients_on_gpu)
     torch.manual_seed(0)
     module = NETWORKS[name]().to(memory_format=layout)
     x = torch.randn(1, 3, 192, 160).to(memory_format=layout)
