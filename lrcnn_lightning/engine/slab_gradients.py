@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lrcnn_lightning.engine.slabs import Part
-from lrcnn_lightning.graph.lines import lines
+from lrcnn_lightning.graph.lines import in_zeros
 
 __all__ = ["SlabGradients"]
 
@@ -60,13 +59,13 @@ class SlabGradients:
                 self._users[_memory(gradient)] += 1
         elif present is None:
             assert part is not None
-            self._put(value, _in_zeros(gradient, part))
+            self._put(value, in_zeros(gradient, part.axis, part.start, part.total))
         elif self.is_alone(present):
-            _lines(present, part).add_(gradient)
+            (present if part is None else part.of(present)).add_(gradient)
         else:
             total = present + gradient if part is None else present.clone()
             if part is not None:
-                _lines(total, part).add_(gradient)
+                part.of(total).add_(gradient)
             self.let_go(present)
             self._put(value, total)
 
@@ -89,14 +88,3 @@ def _memory(tensor: Tensor) -> int:
 def _is_expanded(tensor: Tensor) -> bool:
     """Whether elements share a place in memory."""
     return any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _lines(tensor: Tensor, part: Part | None) -> Tensor:
-    return tensor if part is None else lines(tensor, *part[:3])
-
-
-def _in_zeros(gradient: Tensor, part: Part) -> Tensor:
-    """The gradient of a slab of which some lines have one."""
-    behind = part.total - part.start - part.length
-    margins = [*([0, 0] * (gradient.dim() - 1 - part.axis)), part.start, behind]  # the last dimension's come first
-    return torch.constant_pad_nd(gradient, margins)

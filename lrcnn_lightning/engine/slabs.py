@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lrcnn_lightning.engine.maps import Cuts, cuts_of, taken
 from lrcnn_lightning.graph import Context, CustomFunction, Ref, map_refs, references
+from lrcnn_lightning.graph.lines import lines
 from lrcnn_lightning.graph.switches import entered
 from lrcnn_lightning.planning.halos import Row
 from lrcnn_lightning.planning.loop import BackwardPass, Loop
@@ -71,6 +72,10 @@ class Part(NamedTuple):
     length: int
     total: int
 
+    def of(self, slab: Tensor) -> Tensor:
+        """These lines of the slab."""
+        return lines(slab, self.axis, self.start, self.length)
+
 
 class Sink(NamedTuple):
     """Where the gradient of an operand goes: to that of its slab, or of some lines of it (``part``); to that of a full
@@ -95,7 +100,6 @@ class Target(NamedTuple):
     number: int
     """Of the output among those of its node."""
     whole: bool
-    cuts: Cuts
     tile: Tile
     part: Part | None
     """Of the slab, if it is not all of it."""
@@ -105,7 +109,8 @@ class Target(NamedTuple):
         if self.whole:
             result: Tensor = results[self.number]
             return result
-        return taken(slabs[self.value], self.cuts)
+        slab = slabs[self.value]
+        return slab if self.part is None else self.part.of(slab)
 
 
 class SlabCall:
@@ -181,8 +186,7 @@ class SlabCall:
             if owned is not None and not owned.empty:
                 whole = owned.length == span.computed.length
                 part = self._part(graph, value, owned, span.lo, span.hi)
-                cuts = () if whole or part is None else (part[:3],)
-                targets.append(Target(value, number, whole, cuts, Tile(owned, batch), part))
+                targets.append(Target(value, number, whole, Tile(owned, batch), part))
         self.targets = tuple(targets)
 
     def _prepare(

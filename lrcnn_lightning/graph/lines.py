@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["lines"]
+__all__ = ["in_zeros", "lines"]
 
 
 def lines(tensor: Tensor, axis: int, start: int, length: int) -> Tensor:
@@ -27,10 +27,16 @@ def lines(tensor: Tensor, axis: int, start: int, length: int) -> Tensor:
 class _Lines(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, axis: int, start: int, length: int) -> Tensor:
-        behind = tensor.shape[axis] - start - length
-        ctx.margins = [*([0, 0] * (tensor.dim() - 1 - axis)), start, behind]  # those of the last dimension come first
+        ctx.place = axis, start, tensor.shape[axis]
         return tensor.narrow(axis, start, length)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return torch.constant_pad_nd(gradient, ctx.margins), None, None, None
+        return in_zeros(gradient, *ctx.place), None, None, None
+
+
+def in_zeros(gradient: Tensor, axis: int, start: int, total: int) -> Tensor:
+    """The gradient of a tensor of ``total`` lines, of which those from ``start`` on have one."""
+    behind = total - start - gradient.shape[axis]
+    margins = [*([0, 0] * (gradient.dim() - 1 - axis)), start, behind]  # those of the last dimension come first
+    return torch.constant_pad_nd(gradient, margins)

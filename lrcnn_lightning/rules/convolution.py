@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrcnn_lightning.graph.lines import lines
 from lrcnn_lightning.rules.formula import Formula, Saved, autocast_dtype
 from lrcnn_lightning.rules.rule import Axes, Interval, RowRule, Scope, Tile, register
-from lrcnn_lightning.rules.window import WindowGeometry, pad_rows, spatial_tuple, wanted_rows
+from lrcnn_lightning.rules.window import WindowGeometry, pad_rows, spatial_tuple
 
 __all__ = ["Convolution"]
 
@@ -61,7 +62,7 @@ class Convolution(RowRule):
             slab, weight, bias = _operands(args, kwargs)
             for padded in explicit:
                 slab = pad_rows(slab, *padded)
-            return wanted_rows(operation(slab, weight, bias, *rest), self.axis, skipped, tile)
+            return lines(operation(slab, weight, bias, *rest), self.axis, skipped, tile.rows.length)
 
         return call
 
@@ -96,8 +97,7 @@ class _ConvolutionFormula(Formula):
         result = None
         if not hollow:
             result = operation(slab, weight, None if bias is None else bias.to(dtype), *self.rest)
-            if result.shape[self.axis] != self.rows:
-                result = result.narrow(self.axis, self.skipped, self.rows)
+            result = lines(result, self.axis, self.skipped, self.rows)
         return result, (slab, weight, given.dtype, None if bias is None else list(bias.shape))
 
     def backward(self, saved: Saved, gradients: list[Tensor | None]) -> Sequence[Any]:
@@ -108,8 +108,7 @@ class _ConvolutionFormula(Formula):
         place = self.axis - 2
         span = dilation[place] * (weight.shape[self.axis] - 1)
         length = (slab.shape[self.axis] + 2 * padding[place] - span - 1) // stride[place] + 1
-        if length != self.rows:
-            gradient = pad_rows(gradient, self.axis, self.skipped, length - self.rows - self.skipped)
+        gradient = pad_rows(gradient, self.axis, self.skipped, length - self.rows - self.skipped)
         mask = [*self.wanted, *[False] * (3 - len(self.wanted))]
         call = (bias, stride, padding, dilation, False, [0] * len(stride), groups, mask)
         for_slab, *others = aten.convolution_backward.default(gradient.to(slab.dtype), slab, weight, *call)

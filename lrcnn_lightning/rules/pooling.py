@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from lrcnn_lightning.graph import Node
+from lrcnn_lightning.graph.lines import lines
 from lrcnn_lightning.rules.expansion import Builder, expands
 from lrcnn_lightning.rules.formula import Formula, Saved
 from lrcnn_lightning.rules.rule import Axes, Interval, RowRule, Scope, Tile, register
-from lrcnn_lightning.rules.window import WindowGeometry, pad_rows, spatial_tuple, wanted_rows
+from lrcnn_lightning.rules.window import WindowGeometry, pad_rows, spatial_tuple
 
 __all__ = ["AveragePool", "MaxPool"]
 
@@ -55,7 +56,7 @@ class MaxPool(RowRule):
         if not self.indices and symmetric is not None and symmetric[0] <= self.geometry.kernel // 2:
             padding = _without(self.padding, self.position, symmetric[0])
             first = (self.kernel, self.stride, padding, self.dilation, self.ceil_mode)
-            return lambda args, kwargs: wanted_rows(pool(args[0], *first), self.axis, symmetric[1], tile)
+            return lambda args, kwargs: lines(pool(args[0], *first), self.axis, symmetric[1], tile.rows.length)
         above, below = self.geometry.missing(tile.rows)
         call = (self.kernel, self.stride, _without(self.padding, self.position, 0), self.dilation, self.ceil_mode)
 
@@ -115,16 +116,13 @@ class _MaxPoolFormula(Formula):
         pool = aten.max_pool2d_with_indices if self.dimensions == 2 else aten.max_pool3d_with_indices
         result, places = pool.default(slab, *self.call)
         length = result.shape[self.axis]
-        if length != self.rows:
-            result = result.narrow(self.axis, self.skipped, self.rows)
-        return result, (slab, places, length)
+        return lines(result, self.axis, self.skipped, self.rows), (slab, places, length)
 
     def backward(self, saved: Saved, gradients: list[Tensor | None]) -> Sequence[Any]:
         slab, places, length = saved
         gradient = gradients.pop()
         assert gradient is not None
-        if length != self.rows:
-            gradient = pad_rows(gradient, self.axis, self.skipped, length - self.rows - self.skipped)
+        gradient = pad_rows(gradient, self.axis, self.skipped, length - self.rows - self.skipped)
         two = self.dimensions == 2
         back = aten.max_pool2d_with_indices_backward if two else aten.max_pool3d_with_indices_backward
         for_slab = back.default(gradient, slab, *self.call, places)

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from lrcnn_lightning.graph.lines import lines
-from lrcnn_lightning.rules.rule import Interval, Tile
+from lrcnn_lightning.rules.rule import Interval
 
-__all__ = ["WindowGeometry", "pad_rows", "spatial_tuple", "wanted_rows"]
+__all__ = ["WindowGeometry", "pad_rows", "spatial_tuple"]
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,3 @@ def spatial_tuple(value: Any, dimensions: int) -> tuple[int, ...]:
         return (value,) * dimensions
     numbers = tuple(value)
     return numbers * dimensions if len(numbers) == 1 else numbers
-
-
-def wanted_rows(result: Tensor, axis: int, skipped: int, tile: Tile) -> Tensor:
-    """The rows of ``tile``, of a result that symmetric padding may have made longer."""
-    if result.shape[axis] == tile.rows.length:
-        return result
-    return lines(result, axis, skipped, tile.rows.length)
